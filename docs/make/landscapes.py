@@ -32,17 +32,18 @@ from tetdist.apps.weights.evaluated import evaluation_config
 from tetdist.config.schema import RunConfig
 from tetdist.data.batches import eval_batches
 from tetdist.data.dali import Workers
+from tetdist.data.splits import open_split
 from tetdist.datasets.index import Index
 from tetdist.distributed.world import join
 from tetdist.losses import sdt_loss, tet_loss
 from tetdist.models import SpikingNetwork
+from tetdist.network import load_model
 from tetdist.nn import dropout
 from tetdist.nn.batch_norm import BatchNorm
 from tetdist.nn.precision import autocast, parameter_type
 from tetdist.storage import checkpoint
 from tetdist.storage.files import parse_json
 from tetdist.tables import markdown
-from tetdist.training.setup import load_model, open_split
 
 DATA = {"digits": "handwritten digits", "cifar10": "5,000 images of CIFAR-10"}
 SEEDS, SAMPLES, DIRECTIONS, RADIUS, GRID = range(5), 1000, 5, 0.5, 11

@@ -23,13 +23,13 @@ from tetdist.apps.studies import plan
 from tetdist.apps.studies.numbers import Difference, Numbers, detectable, gather, holm, spread
 from tetdist.apps.studies.plan import StudyRun
 from tetdist.apps.weights.trained import load
+from tetdist.data.splits import open_split
 from tetdist.distributed.world import join
 from tetdist.evaluation.evaluate import Evaluator
 from tetdist.losses import running_means
 from tetdist.storage.files import parse_json, write_json
 from tetdist.tables import markdown
 from tetdist.tracking.metrics_file import restored, strict
-from tetdist.training.setup import open_split
 
 PAGE = pages.RESULTS / "losses.md"
 # Study: its data.

@@ -24,13 +24,13 @@ from tetdist.apps.studies.numbers import Difference, paired_difference
 from tetdist.apps.studies.plan import StudyRun
 from tetdist.apps.weights.trained import load
 from tetdist.data.build import eval_loader
+from tetdist.data.splits import open_data, open_split
 from tetdist.distributed.world import join
 from tetdist.evaluation.decisions import first_sure
 from tetdist.evaluation.early_exit import FINE_THRESHOLDS
 from tetdist.losses import running_means
 from tetdist.storage.files import write_json
 from tetdist.tables import markdown
-from tetdist.training.setup import open_data, open_split
 
 STUDIES = {"across_days": "objects on another day", "early_exit_nmnist": "N-MNIST"}
 PAGE = Path(__file__).parents[1] / "results" / "thresholds_travel.md"

@@ -28,6 +28,7 @@ from tetdist.apps.studies.numbers import (
 from tetdist.apps.studies.plan import StudyRun
 from tetdist.apps.weights.trained import load
 from tetdist.data.build import eval_loader
+from tetdist.data.splits import open_split
 from tetdist.data.transfer import on_device
 from tetdist.distributed.world import join
 from tetdist.losses import running_means
@@ -35,7 +36,6 @@ from tetdist.nn.norm_neuron import firing_layers
 from tetdist.nn.precision import autocast
 from tetdist.storage.files import write_json
 from tetdist.tables import markdown
-from tetdist.training.setup import open_split
 
 STUDY = "transformers_long"
 COLUMNS = ("alone", "of_means", "spike_rate", "spike_rate_of_layers", "gradient")

@@ -16,11 +16,11 @@ from samples import picture, write_tar
 
 import tetdist_command
 from tetdist.config.loading import load
+from tetdist.data.splits import open_split
 from tetdist.datasets.index import build_index, check_fresh, load_index
 from tetdist.datasets.probe import probe_range
 from tetdist.distributed.world import World
 from tetdist.errors import UserError
-from tetdist.training.setup import open_split
 
 
 @pytest.fixture

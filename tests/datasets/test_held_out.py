@@ -11,11 +11,11 @@ import tiny
 import torch
 
 from tetdist.config.loading import parse
+from tetdist.data.splits import evaluated_split, open_data
 from tetdist.datasets import held_out
 from tetdist.datasets.index import index_file, index_splits, load_index
 from tetdist.distributed.world import World
 from tetdist.errors import UserError
-from tetdist.training.setup import evaluated_split, open_data
 
 
 def files(index):

@@ -319,7 +319,8 @@ def _decoded(shape: tuple[int, ...]) -> Tensor:
 def make_trainer(case: Case, config: Any, world: Any) -> Any:
     """A trainer whose data are made up and whose run folder is not there; the rest is its own."""
     from tetdist import order
-    from tetdist.training import prepared, setup
+    from tetdist.data import splits
+    from tetdist.training import prepared
     from tetdist.training.ema import WeightAverage
     from tetdist.training.feed import Feed
     from tetdist.training.observers import Observers
@@ -329,7 +330,7 @@ def make_trainer(case: Case, config: Any, world: Any) -> Any:
     size = config.model.arguments.get("input_size", 48)
     classes = [str(k) for k in range(config.model.num_classes or 1000)]
     index = _Index(classes=classes, heights=[size])
-    prepared.open_data, prepared.order = setup.open_data, order
+    prepared.open_data, prepared.order = splits.open_data, order
     if not case.feeds:
         prepared.open_data = lambda *_: (index, index)
         prepared.order = types.SimpleNamespace(

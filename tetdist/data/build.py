@@ -43,8 +43,6 @@ def _delivered(config: RunConfig, world: World, make: Callable[[dali.Workers], L
     """Make a loader for the run's device, in this process or in a separate one."""
     data, on_gpu = config.data, world.device.type == "cuda"
     decodes_there = data.device == "gpu"
-    if decodes_there and data.transforms:
-        raise UserError("data.transforms needs data.device=cpu, not gpu; set that")
     own_process = in_own_process(config, world)
     workers = dali.Workers(
         device=data.device,

@@ -11,16 +11,17 @@ import torch
 from tetdist import order
 from tetdist.config.identity import differences
 from tetdist.config.schema import RunConfig
+from tetdist.data.splits import evaluated_split, open_data
 from tetdist.datasets.index import Index
 from tetdist.distributed.world import World
 from tetdist.errors import UserError
 from tetdist.models import SpikingNetwork
+from tetdist.network import choose_kernels, make_model
 from tetdist.nn import batch_norm, neurons
 from tetdist.nn.precision import choose_algorithms, parameter_type
 from tetdist.storage import checkpoint
 from tetdist.tracking.progress import RunProgress
 from tetdist.training.schedule import Phase, image_timesteps, phase_at, schedule_phases
-from tetdist.training.setup import choose_kernels, evaluated_split, make_model, open_data
 from tetdist.wording import counted
 
 logger = logging.getLogger(__name__)

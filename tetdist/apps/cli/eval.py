@@ -135,7 +135,7 @@ def evaluate_checkpoint(options: argparse.Namespace) -> None:
     from tetdist.evaluation.evaluate import Evaluator
     from tetdist.evaluation.suite import run_suite
     from tetdist.models.streaming import stream_of
-    from tetdist.training.setup import load_model
+    from tetdist.network import load_model
 
     with (
         join(options.device, run=vars(options) | {"local_rank": None}) as world,

@@ -22,9 +22,9 @@ from tetdist.distributed.world import join
 from tetdist.errors import UserError
 from tetdist.losses import running_means
 from tetdist.models import SpikingNetwork
+from tetdist.network import load_model
 from tetdist.nn.norm_neuron import firing_layers
 from tetdist.storage import checkpoint
-from tetdist.training.setup import load_model
 from tetdist.wording import counted
 
 Images = list[npt.NDArray[Any]]

@@ -25,16 +25,17 @@ from tetdist.apps.slurm.plan import Plan
 from tetdist.apps.slurm.speed import Speed
 from tetdist.config import fields, identity, loading
 from tetdist.config.schema import RunConfig
+from tetdist.data.splits import open_data
 from tetdist.datasets.index import Index
 from tetdist.distributed.world import World
 from tetdist.errors import UserError, typed
+from tetdist.network import make_model
 from tetdist.plugins import import_files
 from tetdist.storage import checkpoint, hub
 from tetdist.tracking.mlflow_logger import announce, ui_command
 from tetdist.tracking.mlflow_store import check_store, hand_over
 from tetdist.tracking.trackers import check_names
 from tetdist.training.run_folder import RunFolder, is_trained
-from tetdist.training.setup import make_model, open_data
 
 # Size of ImageNet's validation split, as a fraction of its training split.
 VALIDATION = 50_000 / 1_281_167

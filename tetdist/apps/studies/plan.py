@@ -390,8 +390,9 @@ def check_folder(run: StudyRun) -> None:
 
 def check_inputs(runs: list[StudyRun]) -> None:
     """Check each entry's data, that they suit its network, and that MLflow can take its runs."""
+    from tetdist.data.splits import open_data
     from tetdist.distributed.world import ALONE
-    from tetdist.training.setup import make_model, open_data
+    from tetdist.network import make_model
 
     for uri in {run.config.tracking_uri for run in runs}:
         if uri is not None:

@@ -12,6 +12,7 @@ from tetdist.config.loading import CONFIGS_DIR, data_command, parse
 from tetdist.config.messages import checked
 from tetdist.config.schema import RunConfig
 from tetdist.config.yaml_files import read_yaml
+from tetdist.data.splits import evaluated_split, open_data, open_split
 from tetdist.datasets.class_folders import folders_called
 from tetdist.datasets.index import Index, index_file
 from tetdist.datasets.recorded_split import binning, recorded_split
@@ -21,7 +22,6 @@ from tetdist.evaluation.energy import EnergySection
 from tetdist.evaluation.evaluate import Evaluator
 from tetdist.nn.norm_neuron import is_causal
 from tetdist.storage.checkpoint import Description
-from tetdist.training.setup import evaluated_split, open_data, open_split
 from tetdist.wording import and_more, counted
 
 

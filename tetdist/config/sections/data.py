@@ -152,6 +152,8 @@ class DataSection(Section):
                 f"erasing.probability: {self.erasing.probability:g} cannot go with "
                 "data.images_as_events, since erasing fills in normalised colours; set it to 0"
             )
+        if self.transforms and self.device == "gpu":
+            raise ValueError("transforms: needs data.device=cpu, not gpu; set that")
         if self.auto_augment.startswith("rand") and any(self.color_jitter):
             raise ValueError(
                 f"color_jitter: cannot go with data.auto_augment={self.auto_augment}, which "

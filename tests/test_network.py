@@ -8,10 +8,11 @@ import pytest
 import torch
 
 from tetdist.config.loading import load
+from tetdist.data.splits import open_split
 from tetdist.distributed.world import World, join
 from tetdist.errors import UserError
+from tetdist.network import choose_kernels, make_model
 from tetdist.nn.fast import dispatch
-from tetdist.training.setup import choose_kernels, make_model, open_split
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Opening and checking of a run's data and model before its first step."""
+"""The configured network: built for its data and checked, with weights, on the device."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -10,9 +10,6 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from tetdist import models
 from tetdist.config.schema import RunConfig
 from tetdist.config.sections.training import SegmentsSection
-from tetdist.data.build import check_augmentation
-from tetdist.datasets import held_out, recorded_split
-from tetdist.datasets import index as data_index
 from tetdist.datasets.index import Index
 from tetdist.distributed.world import World
 from tetdist.errors import UserError
@@ -21,72 +18,6 @@ from tetdist.nn.fast import dispatch
 from tetdist.nn.precision import choose_algorithms, parameter_type, place
 from tetdist.optimizers import layers_of
 from tetdist.storage import checkpoint
-
-
-def open_data(config: RunConfig, world: World) -> tuple[Index, Index]:
-    """Return the indexes of the training and evaluation samples, checked against the files and each
-    other: two splits, or two parts of the training split (`held_out`)."""
-    evaluated_split(config)  # so that planning a run reports damage, too
-    train = open_split(config, "train", world)
-    if config.data.held_out:
-        train, val = held_out.divide(
-            train, config.data.held_out, config.seed, _recordings(config, train)
-        )
-    else:
-        val = open_split(config, "val", world)
-    if train.classes != val.classes:
-        raise UserError(f"train/ and val/ of {config.data.root} must have the same classes")
-    frames = train.frames(config.data)
-    for number, most in enumerate(phase.most_timesteps for phase in config.phases):
-        if frames is not None and most > frames[0]:
-            raise UserError(
-                f"phases.{number}.timesteps: {most} exceeds the {frames[0]} time bins of the data "
-                f"in {config.data.root}; set phases.{number}.timesteps={frames[0]} or less"
-            )
-    check_augmentation(config, train)
-    wanted = config.model.num_classes
-    if wanted is not None and wanted < len(train.classes):
-        raise UserError(
-            f"model.num_classes={wanted} is below the data's {len(train.classes)} classes; raise it"
-        )
-    return train, val
-
-
-def _recordings(config: RunConfig, index: Index) -> list[str] | None:
-    """Return the recording that each sample was cut from; None if none was cut."""
-    match config.data.kind:
-        case "images":
-            return None
-        case "events":
-            known = recorded_split.recordings_of(config.data.root)
-        case other:
-            assert_never(other)
-    if known is None:
-        return None
-    keys = [index.path(i).partition("/")[2].removesuffix(".npy") for i in range(len(index))]
-    return [known.get(key, key) for key in keys]
-
-
-def evaluated_split(config: RunConfig) -> str | None:
-    """Return the name of the evaluated samples: one of several splits of the data set, or a
-    held-out part of training; None for the only validation split."""
-    recorded, share = recorded_split.recorded_split(config.data.root), config.data.held_out
-    return held_out.name(share, config.seed, recorded) if share else recorded
-
-
-def open_split(config: RunConfig, split: str, world: World) -> Index:
-    """Return the index of one split, checked against its files."""
-    file = data_index.find_index(config.data, split)
-    index = data_index.load_index(file)
-    if world.rank == 0:
-        data_index.check_fresh(index, config.data.root, file)
-    if index.kind != config.data.kind:
-        recipe = "dvs128_objects" if index.kind == "events" else "own_images"
-        raise UserError(
-            f"data.kind is {config.data.kind}, but {file} holds {index.kind}; give a folder of "
-            f"{config.data.kind}, or train with a recipe for {index.kind}, such as {recipe}.yaml"
-        )
-    return index
 
 
 def make_model(
