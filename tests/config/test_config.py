@@ -151,7 +151,7 @@ CONTRADICTIONS = (
     ("precision: fp16 needs zero_stage=0", "zero_stage=1", "precision=fp16"),
     ("zero_stage: 1 does not suit", "zero_stage=1", "phases.0.optimizer.kind=timm:lamb"),
     ("data.kind: model.name=vggsnn takes events, not images", "model={name: vggsnn}"),
-    ("data.transforms: needs data.device=cpu", "data.transforms=[negate]", "data.device=gpu"),
+    ("[negate]: needs data.device=cpu", "data.transforms=[negate]", "data.device=gpu"),
     ("{}: needs data.kind=images", "data.images_as_events={}", "data.kind=events"),
     ("phases.0.timesteps: 9 exc", "data.images_as_events={}", "phases.0.timesteps=9"),
     ("probability=0.5: 0.5 cannot", "data.images_as_events={}", "data.erasing.probability=0.5"),
