@@ -49,7 +49,6 @@ UNUSED = {
     "slurm --config sew34_t4.yaml --dry-run": LARGE,
     "slurm --config sew34_t4.yaml --dry-run --images 80 --gpus-per-node 3": LARGE,
     "slurm --config nmnist.yaml --dry-run --images 80": LARGE,
-    "slurm --config sew34_t4.yaml --dry-run --images 80 --benchmark nosuch": LARGE,
     "slurm status nosuch": LARGE,
     "slurm resume nosuch --time 2d": LARGE,
     "study study.yaml": LARGE,

@@ -35,6 +35,21 @@ def rate(per_second: float, thing: str = "sample") -> str:
     return f"{per_second:.{0 if per_second >= 10 else 1}f} {thing}s/s"
 
 
+def speed_flag(
+    per_second: float,
+    model: str,
+    pixels: int | None,
+    precision: str,
+    processes: int,
+    timesteps: float,
+) -> str:
+    """Format one process's measured speed as slurm's flag, ready to paste, with what was measured:
+    "--images-per-s 90.25 (sew_resnet34, 224 pixels, bf16, 8 processes, T=4)"."""
+    size = "recordings" if pixels is None else f"{pixels} pixels"
+    of = f"{model}, {size}, {precision}, {counted(processes, 'process')}, T={timesteps:g}"
+    return f"--images-per-s {per_second:.4g} ({of})"
+
+
 def and_more(names: Sequence[object], shown: int = 1) -> str:
     """Return the text after the first of several names: " and 2 more", or nothing."""
     return f" and {len(names) - shown:,} more" if len(names) > shown else ""

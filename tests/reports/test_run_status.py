@@ -13,13 +13,14 @@ from tetdist.apps.reports.run_status import as_table, as_text, find_runs, read_s
 from tetdist.apps.slurm import history
 from tetdist.apps.slurm.status import read
 
-CONFIG = {"phases": [{"epochs": 3}, {"epochs": 1}], "max_steps": None}
+CONFIG = {"phases": [{"epochs": 3}, {"epochs": 1}], "max_steps": None, "precision": "fp32"}
+CONFIG |= {"model": {"name": "sew_resnet18"}, "data": {"kind": "images", "image_size": 64}}
 NAMES_NONE = "is damaged: it must hold the name of a checkpoint, such as step-00000040, not"
 
 
 def train_line(step):
     values = {"epoch": step / 5, "phase": 0, "loss": 1 / step, "top1": 50.0, "lr": 0.1}
-    speed = {"samples_per_s": 16.0, "data_wait": 3.0, "eta_s": 24.4}
+    speed = {"samples_per_s": 16.0, "image_timesteps_per_s": 64.0, "data_wait": 3.0, "eta_s": 24.4}
     return {"kind": "train", "step": step, **values, **speed}
 
 
@@ -40,6 +41,8 @@ def made(folder, lines, saved, **config):
         if saved is not None:
             (folder / "checkpoints" / f"step-{step:08d}.1").mkdir(parents=True)
             (folder / "checkpoints" / name).write_text(f"step-{step:08d}.1\n")
+            state = folder / "checkpoints" / f"step-{step:08d}.1" / "state.json"
+            state.write_text('{"world_size": 2}')
     (folder / ".lock").touch()
     return folder
 
@@ -119,6 +122,20 @@ def test_a_run_that_trains_says_how_far_it_is(tmp_path):
     evaluated = "top-1 60.00 %  loss 1.000, epoch 2; best 70.00 %, step 5 (50 held-out samples)"
     assert lines[3].endswith(evaluated)
     assert lines[4].startswith("  checkpoint  step-00000010.1, ")
+    flag = "--images-per-s 8 (sew_resnet18, 64 pixels, fp32, 2 processes, T=4)"
+    assert lines[5] == f"  for slurm   {flag}"
+
+
+def test_the_speed_is_the_median_of_the_last_lines(tmp_path):
+    """The first steps built kernels, and the steps had T = 2, then 4."""
+    rates = ((1, 2), *(((98, 392), (100, 400), (102, 408)) * 33), (100, 400))
+    lines = [
+        train_line(step) | {"samples_per_s": rate, "image_timesteps_per_s": timesteps}
+        for step, (rate, timesteps) in enumerate(rates, start=1)
+    ]
+    recordings = {"data": {"kind": "events", "image_size": 64}}
+    speed = read_status(made(tmp_path / "run", lines, 101, **recordings)).speed
+    assert speed == "--images-per-s 50 (sew_resnet18, recordings, fp32, 2 processes, T=4)"
 
 
 def test_several_runs_are_a_table_and_json(tmp_path, monkeypatch, capsys):

@@ -282,7 +282,6 @@ def test_what_is_refused_before_anything_is_written(tiny_config, tmp_path, capfd
         (["cluster.quos=x"], "unknown key 'quos'", "'qos'"),
         (["--images-per-s", "0"], "--images-per-s must be above 0, not 0"),
         (["--images-per-s", "inf"], "--images-per-s must be above 0, not inf"),
-        (["--benchmark", "nothing"], "--benchmark: there is no nothing; correct it"),
         (["--time", "soon"], "--time: 'soon' is not a time"),
         # Slurm would look for the log of job 12 in a folder 12.
         (["name=100%j"], "name: '100%j' must consist of letters"),

@@ -6,11 +6,10 @@ import pytest
 
 from tetdist.apps.slurm import plan
 from tetdist.apps.slurm.cluster import ClusterSection
-from tetdist.apps.slurm.speed import Speed
 from tetdist.config import loading as configuration
 from tetdist.errors import UserError
 
-IMAGENET = {"train_images": 1281167, "val_images": 50000}
+IMAGENET = {"train_images": 1281167, "val_images": 50000, "pixels": 224}
 PARAMETERS = 20_000_000
 
 
@@ -40,7 +39,7 @@ def test_counts():
     # The newest and the best, of both copies.
     for one, best in ((made, 1), (averaged, 2)):
         kept = one.config.save.keep_last + best
-        assert f" each, {kept} kept: " in plan.describe(one, "unknown")
+        assert f" each, {kept} kept: " in plan.describe(one, None)
     # The second phase's Adam keeps two numbers a parameter.
     assert make("spiking34_t4_t6.yaml").checkpoint_bytes == 4 * (3 * PARAMETERS + 1000)
 
@@ -48,7 +47,7 @@ def test_counts():
 def test_fewer_steps_and_evaluations():
     made = make(overrides=("max_steps=5005", "evaluate_every=2"))
     assert (made.last_step, made.evaluations) == (5005, 1)
-    assert " 5,005 in total (max_steps, of 120 epochs)\n" in plan.describe(made, "unknown")
+    assert " 5,005 in total (max_steps, of 120 epochs)\n" in plan.describe(made, None)
 
 
 def test_processes_that_cannot_share_a_step():
@@ -56,30 +55,40 @@ def test_processes_that_cannot_share_a_step():
         make(gpus_per_node=8)
 
 
+def test_the_command_that_measures_is_named():
+    text = plan.describe(make(overrides=("recompute=blocks",)), None)
+    step = "step --model sew_resnet34 --size 224 --timesteps 4 --batch 32 --precision bf16"
+    assert f"{step} --device cuda --modes blocks`, which prints --images-per-s" in text
+    made = make(gpus_per_node=0)
+    assert "--device cpu`" in plan.describe(made, None)
+    own = dataclasses.replace(made, config=made.config.model_copy(update={"imports": ("own.py",)}))
+    assert "max_steps=100, then give the --images-per-s that" in plan.describe(own, None)
+
+
 def test_hours_by_hand():
     made = make(overrides=("evaluate_every=1000",), time="60")
     # 120 epochs of 5004 steps of 256 images, and one evaluation at three times the speed.
     seconds = (120 * 5004 * 256 + 50000 / 3) / (8 * 100)
-    assert plan.seconds_of(made, Speed(100.0, timesteps=4)) == pytest.approx(seconds, rel=1e-7)
+    assert plan.seconds_of(made, 100.0) == pytest.approx(seconds, rel=1e-7)
     # Of each hour, 120 s are kept for saving and 5 minutes lost in restarting.
     starts = -(-seconds // (3600 - 120 - 300))
-    text = plan.describe(made, Speed(100.0, 4))
+    text = plan.describe(made, 100.0)
     assert "duration     2 d 5 h, " in text
     assert f"GPU-hours {8 * seconds / 3600:.0f}, {starts:.0f} starts of the job" in text
-    assert "from 100 samples/s a process at T=4 (as given)" in text
-    short = plan.describe(make(time="5", gpus_per_node=0), Speed(100.0, 4))
-    text = plan.describe(make(time="24"), Speed(300.0, 4))  # 18 h 1 min, and 63 times 5 minutes
+    assert "from 100 samples/s a process at T=4, without the time" in text
+    short = plan.describe(make(time="5", gpus_per_node=0), 100.0)
+    text = plan.describe(make(time="24"), 300.0)  # 18 h 1 min, and 63 times 5 minutes
     assert "time limit   24 min (24 is minutes; hours: 24:00:00); saves" in text
     assert ", 64 starts of the job (24 min each, 5 minutes a restart); with restarts 23 h" in text
     for part in ("; warning: a start may take 5", " node-hours ", "many starts of the job (5 min"):
         assert part in short
-    short = plan.describe(made, Speed(10739.0 * 30, 4))
+    short = plan.describe(made, 10739.0 * 30)
     assert "duration     1 min, " in short
     assert "GPU-hours 0.13, " in short
 
 
 def test_cores_that_load():
-    made, speed = make(nodes=1, gpus_per_node=8, cpus_per_task=4), Speed(2380.0, 4)
+    made, speed = make(nodes=1, gpus_per_node=8, cpus_per_task=4), 2380.0
     text = plan.describe(made, speed)
     assert " 1 a process; possible numbers of processes: 1, 2, 4, 8\n" in text
     assert "\nloading      33.7 cores a node, of 32 (4 a process), for 19,040 images/s at" in text
@@ -89,21 +98,22 @@ def test_cores_that_load():
         assert warning.endswith(f"; 1.05 GB/s at 110.0 kB each; give data.threads=5{more}")
     made = make(overrides=("data.auto_augment=rand-m9",), cpus_per_task=8)
     made = dataclasses.replace(made, sample_bytes=1e5)
-    text = plan.describe(made, Speed(1000.0, 4))
+    text = plan.describe(made, 1000.0)
     assert (
         "\nloading      9.5 cores a node, of 32 (8 a process), for 4,000 images/s at 2.37" in text
     )
     assert text.endswith("; 400.0 MB/s at 100.0 kB each")
     for other in ("data.device=gpu", "data.kind=events", "data.image_size=32"):
-        assert "loading" not in plan.describe(make(overrides=(other,)), Speed(1000.0, 4)), other
+        assert "loading" not in plan.describe(make(overrides=(other,)), 1000.0), other
 
 
 def test_a_quarter_of_the_epochs_is_slower():
-    plain = hours(make(overrides=("evaluate_every=1000",)), Speed(9.0, 4))
-    phases = hours(make("spiking34_t4_t6.yaml", ("evaluate_every=1000",)), Speed(9.0, 4))
+    plain = hours(make(overrides=("evaluate_every=1000",)), 9.0)
+    phases = hours(make("spiking34_t4_t6.yaml", ("evaluate_every=1000",)), 9.0)
     drawn = make(overrides=("evaluate_every=1000", "phases.0.timesteps=[1, 2, 4]"))
-    assert hours(drawn, Speed(9.0, 4)) / plain == pytest.approx(7 / 3 / 4, rel=0.01)
-    assert "T = 1 or 2 or 4" in plan.describe(drawn, "not given")
+    # The speed is that at the mean T of the run.
+    assert hours(drawn, 9.0 * 4 / (7 / 3)) / plain == pytest.approx(7 / 3 / 4, rel=0.01)
+    assert "T = 1 or 2 or 4" in plan.describe(drawn, None)
     # At T=6 instead of 4: 9/8 of the time.
     assert phases / plain == pytest.approx(9 / 8, rel=0.01)
 
@@ -117,10 +127,10 @@ def test_a_quarter_of_the_epochs_is_slower():
     ],
 )
 def test_cpus_that_are_too_few_are_reported(given, expected):
-    text = plan.describe(make(cpus_per_task=given), "not given")
+    text = plan.describe(make(cpus_per_task=given), None)
     assert f"CPUs         {expected}" in text
     assert ("give --cpus-per-task 8" in text) == (given != 8)
-    text = plan.describe(make(overrides=("data.threads=1",)), "not given")
+    text = plan.describe(make(overrides=("data.threads=1",)), None)
     assert "often 1, of which data.threads=1 load samples" in text
 
 
@@ -129,9 +139,9 @@ def test_run_that_begins_with_a_later_phase():
     made = make("spiking34_t4_t6.yaml", later)
     assert (made.first_step, made.last_step) == (90 * 5004, 120 * 5004)
     assert (made.images, made.evaluations) == (30 * 5004 * 256, 30)
-    text = plan.describe(made, "not given")
+    text = plan.describe(made, None)
     assert "T = 6" in text
-    assert "duration     unknown: not given" in text
+    assert "duration     unknown: measure it on a node with `" in text
     # 30 of 120 epochs and evaluations, each in 3/2 of the time of one at T = 4.
-    part = hours(made, Speed(100.0, 6)) / hours(make("spiking34_t4_t6.yaml"), Speed(100.0, 6))
+    part = hours(made, 100.0) / hours(make("spiking34_t4_t6.yaml"), 150.0)
     assert part == pytest.approx(30 * 3 / (90 * 2 + 30 * 3), rel=1e-4)

@@ -23,6 +23,7 @@ from tetdist.losses import tet_loss
 from tetdist.nn.precision import autocast, choose_algorithms
 from tetdist.tables import aligned, number
 from tetdist.tracking.environment import cpu_model
+from tetdist.wording import speed_flag
 
 MIB = 2**20
 
@@ -91,12 +92,16 @@ def relu(options: argparse.Namespace, baseline: nn.Module) -> Contestant:
 
 def batch_of(options: argparse.Namespace) -> Tensor:
     """Make random images (B, 3, H, W) or event frames (B, T, 2, H, W), by the network."""
-    *_, channels, size, _ = timm.get_pretrained_cfg(options.model).input_size
-    size = options.size or size
+    channels, size = timm.get_pretrained_cfg(options.model).input_size[-3], pixels(options)
     generator = torch.Generator().manual_seed(0)
     frames = (options.timesteps,) if channels == 2 else ()
     shape = (options.batch, *frames, channels, size, size)
     return torch.rand(shape, generator=generator).to(options.device)
+
+
+def pixels(options: argparse.Namespace) -> int:
+    """Return the side of the images."""
+    return int(options.size or timm.get_pretrained_cfg(options.model).input_size[-1])
 
 
 def laid_out(
@@ -154,10 +159,10 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         for name, step in steps.items()
     ]
     keys = ("model", "size", "timesteps", "batch", "precision", "device", "repeats")
-    # Keys that `slurm --benchmark` reads: of the network in its first mode.
+    # The speed of the network in its first mode.
     own = next(row for row in rows if row["name"].startswith("tetdist"))
     read = {"images_per_s": own["images_per_s"], "processes": 1, "peak_mib": own["peak_mib"]}
-    read["recompute"] = options.modes[0]
+    read |= {"recompute": options.modes[0], "size": pixels(options)}
     return {key: getattr(options, key) for key in keys} | read | {"rows": rows}
 
 
@@ -212,9 +217,13 @@ def table(result: dict[str, Any]) -> str:
         ]
         for row in result["rows"]
     ]
+    keys = ("images_per_s", "model", "size", "precision", "processes", "timesteps")
+    flag = speed_flag(*(result[key] for key in keys))
+    mode = "" if result["recompute"] == "none" else f", recomputing {result['recompute']}"
     return (
         f"{result['model']}, T={result['timesteps']}, batch {result['batch']}, "
         f"{result['precision']}, {result['device']}: a training step, median of "
         f"{result['repeats']}\n\n"
-        f"{aligned([head, *rows], right=range(1, len(head)))}"
+        f"{aligned([head, *rows], right=range(1, len(head)))}\n\n"
+        f"for slurm{mode}: {flag}"
     )

@@ -46,8 +46,7 @@ def check_rates(here: Machine) -> Finding:
     all_rates = [one for one in here.world.gather(rate_of) if one]
     if not own:
         return Finding("bad", text, remedies.BUSY)
-    # What `slurm --benchmark` reads: all processes are as fast as the slowest, here at the recipes'
-    # micro-batch.
+    # All processes are as fast as the slowest, here at the recipes' micro-batch.
     together = here.world.world_size * min(one[min(one)] for one in all_rates)
     speed = MEASURED | {"size": size, "images_per_s": together, "by_batch": rate_of}
     numbers = {"measured": own, "speed": speed}

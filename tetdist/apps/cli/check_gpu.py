@@ -16,6 +16,7 @@ from typing import Any
 
 from tetdist.apps.cli.common import add_local_rank, documented_parser, run_command, write_result
 from tetdist.errors import PeerFailed, UserError
+from tetdist.wording import speed_flag
 
 # Names of the checks in apps/check_gpu/run.py, which is slow to import.
 NAMES = ("versions", "numerics", "steps", "resume", "rates", "pixels")
@@ -62,9 +63,12 @@ def check(options: argparse.Namespace, names: list[str]) -> int:
 
     def add(name: str, findings: list[Finding]) -> None:
         checks[name] = found = reported(findings)
-        report.update(found.pop("speed", {}))  # for `slurm --benchmark`
+        speed = found.pop("speed", {})
+        report.update(speed)
         if is_first:
             print(f"{found['status']:8}  {name:10} {found['text']}", flush=True)
+            if speed:
+                print(f"{'':20} for slurm: {_flag(report)}", flush=True)
         keep()
 
     keep()  # find out now, not after ten minutes, if the file cannot be written
@@ -85,6 +89,12 @@ def check(options: argparse.Namespace, names: list[str]) -> int:
     if is_first:
         print(f"\n{report['conclusion']}", flush=True)
     return 1 if report["not_reached"] or any(x["status"] == "bad" for x in checks.values()) else 0
+
+
+def _flag(report: dict[str, Any]) -> str:
+    """Return the measured speed of one process as slurm's flag."""
+    keys = ("model", "size", "precision", "processes", "timesteps")
+    return speed_flag(report["images_per_s"] / report["processes"], *(report[key] for key in keys))
 
 
 def keep_quiet() -> None:

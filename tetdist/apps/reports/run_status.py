@@ -4,7 +4,9 @@ This loads no torch and only reads files, so it is fast. slurm/status.py adds th
 """
 
 import difflib
+import itertools
 import math
+import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -13,13 +15,15 @@ from typing import Any
 
 from tetdist.config.yaml_files import read_yaml
 from tetdist.errors import UserError
-from tetdist.storage.files import checkpoint_at, is_held
+from tetdist.storage.files import checkpoint_at, is_held, parse_json, read_text
 from tetdist.tables import aligned, number
 from tetdist.tracking.metrics_file import from_end
 from tetdist.tracking.progress import held_out, slowest_rank
-from tetdist.wording import counted, duration, rate
+from tetdist.wording import counted, duration, rate, speed_flag
 
 DAMAGED = "damaged"
+# Lines of a run's metrics that its speed is the median of.
+LINES = 100
 
 
 @dataclass(frozen=True)
@@ -73,6 +77,7 @@ class RunStatus:
     checkpoint: str | None = None  # name of the newest one
     saved_step: int | None = None
     checkpoint_age_s: float | None = None
+    speed: str | None = None  # of a process, as slurm's flag
     bytes: int = 0  # size of the folder
     job: JobStatus | None = None
 
@@ -144,6 +149,7 @@ def read_status(folder: Path, job: JobStatus | None = None) -> RunStatus:
         checkpoint=None if checkpoint is None else checkpoint.name,
         saved_step=None if checkpoint is None else saved,
         checkpoint_age_s=None if checkpoint is None else now - checkpoint.stat().st_mtime,
+        speed=None if checkpoint is None else _speed(folder, checkpoint),
         bytes=_bytes_of(folder),
         job=job,
     )
@@ -170,6 +176,24 @@ def _last_lines(file: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, A
         if {"train", "val"} <= found.keys():
             break
     return found.get("end", {}), found.get("train", {}), found.get("val", {})
+
+
+def _speed(folder: Path, checkpoint: Path) -> str | None:
+    """Return a run's speed as slurm's flag: the median of its last `LINES` lines of training."""
+    config, state = read_yaml(folder / "config.yaml"), checkpoint / "state.json"
+    lines = (line for line in from_end(folder / "metrics.jsonl") if line["kind"] == "train")
+    last = list(itertools.islice(lines, LINES))
+    if not last or not state.is_file():
+        return None
+    processes = int(parse_json(read_text(state))["world_size"])
+    return speed_flag(
+        statistics.median(line["samples_per_s"] for line in last) / processes,
+        config["model"]["name"],
+        config["data"]["image_size"] if config["data"]["kind"] == "images" else None,
+        config["precision"],
+        processes,
+        statistics.median(line["image_timesteps_per_s"] / line["samples_per_s"] for line in last),
+    )
 
 
 def damaged(folder: Path, reason: str) -> RunStatus:
@@ -256,6 +280,8 @@ def as_text(status: RunStatus) -> str:
     if status.checkpoint is not None and status.checkpoint_age_s is not None:
         age = duration(max(status.checkpoint_age_s, 0))
         lines.append(f"  checkpoint  {status.checkpoint}, {age} ago")
+    if status.speed is not None:
+        lines.append(f"  for slurm   {status.speed}")
     lines.append(f"  disk        {status.bytes / 1e6:,.1f} MB")
     if (job := status.job) is not None:
         lines.append(f"  job         {job.id} {job.state}: {job.text}")

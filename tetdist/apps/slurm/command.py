@@ -9,11 +9,10 @@ from typing import TYPE_CHECKING, Any
 from tetdist.config.flags import Parser, add_import, positive
 from tetdist.config.key_parser import KeyParser
 from tetdist.errors import UserError, typed
-from tetdist.wording import meant, meant_path
+from tetdist.wording import meant
 
 if TYPE_CHECKING:
     from tetdist.apps.slurm.cluster import ClusterSection
-    from tetdist.apps.slurm.speed import Speed
     from tetdist.apps.slurm.submit import Prepared
     from tetdist.config.schema import RunConfig
 
@@ -94,17 +93,12 @@ def submit_parser() -> KeyParser:
         help="plan for N training images and 1000 classes, without the data (needs --dry-run); "
         "validation images are in proportion to ImageNet's",
     )
-    speed = parser.add_mutually_exclusive_group()
-    speed.add_argument(
+    parser.add_argument(
         "--images-per-s",
         type=float,
         metavar="X",
-        help="training speed of one process at the run's T, for the plan's hours",
-    )
-    speed.add_argument(
-        "--benchmark",
-        metavar="FILE",
-        help="the same, as measured: file of bench or check_gpu (--json FILE), or a run's folder",
+        help="training speed of one process at the run's T, for the plan's hours; bench, "
+        "check_gpu and status of a run print it",
     )
     return parser
 
@@ -161,8 +155,8 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def planned(options: argparse.Namespace) -> "tuple[Prepared, Speed | str]":
-    """Check a submission, and return the run with its speed, or why it is unknown."""
+def planned(options: argparse.Namespace) -> "Prepared":
+    """Check a submission, and return the run."""
     from tetdist.apps.slurm import jobs
     from tetdist.config import loading
     from tetdist.datasets.index import check_indexed
@@ -174,8 +168,6 @@ def planned(options: argparse.Namespace) -> "tuple[Prepared, Speed | str]":
         rate = options.images_per_s
         if rate is not None and not 0 < rate < math.inf:
             raise UserError(f"--images-per-s must be above 0, not {rate:g}")
-        if options.benchmark and not (file := Path(options.benchmark)).exists():
-            raise UserError(f"--benchmark: there is no {file}; {meant_path(file, 'correct it')}")
         if not options.dry_run:
             check_indexed(draft, data_command)
         elif draft.data.kind == "events" and options.images is not None:
@@ -192,18 +184,11 @@ def planned(options: argparse.Namespace) -> "tuple[Prepared, Speed | str]":
     given = (options.config, options.overrides, options.imports)
     config = loading.load_with_origins(*given, check_draft).config
     # Imported after these checks, because torch takes seconds.
-    from tetdist.apps.slurm import speed, submit
+    from tetdist.apps.slurm import submit
 
     (cluster,) = found
     data = submit.assumed_indexes(config, options.images) if options.images else None
-    run = submit.prepare(config, cluster, options.after, data)
-    return run, speed.speed_of(
-        run.config,
-        cluster,
-        run.frames,
-        images_per_s=options.images_per_s,
-        benchmark=options.benchmark,
-    )
+    return submit.prepare(config, cluster, options.after, data)
 
 
 def _check_division(config: "RunConfig", processes: int, name: str) -> None:
@@ -226,18 +211,18 @@ def _check_division(config: "RunConfig", processes: int, name: str) -> None:
 
 
 def _submit(options: argparse.Namespace) -> None:
-    run, found = planned(options)
+    run = planned(options)
     from tetdist.apps.reports.run_status import find_runs, read_status
     from tetdist.apps.slurm import plan, submit
 
     if options.dry_run:  # the runs to wait for may not be submitted yet
-        print(submit.dry_run(run, found, options))
+        print(submit.dry_run(run, options))
     else:
         needed = [one for name in options.after for one in find_runs([name])]
         after = [one for one in needed if read_status(one).state != "finished"]
         submit.refuse_if_finished(run)
         submitted = submit.submit(run, after=after)
-        print(plan.describe(run.plan, found))
+        print(plan.describe(run.plan, options.images_per_s))
         print(submit.summary(submitted, run.config))
 
 

@@ -1,8 +1,8 @@
 """Cost of a run: steps, images, checkpoints and, from a measured speed, hours.
 
-Each process trains its part of the micro-batches at the speed from speed.py, and evaluates at three
-times that speed. The time to average gradients is left out unless it was measured, as in the folder
-of a run. Data loading is assumed to keep up; the plan says what that takes.
+Each process trains its part of the micro-batches at the given images a second, and evaluates at
+three times that speed. The time to average gradients is left out unless that speed includes it, as
+a run's does. Data loading is assumed to keep up; the plan says what that takes.
 """
 
 import math
@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 from tetdist import order
 from tetdist.apps.slurm.cluster import RESTART_MINUTES, ClusterSection
-from tetdist.apps.slurm.speed import Speed
 from tetdist.config.schema import RunConfig
+from tetdist.errors import typed
 from tetdist.optimizers import kind_of
 from tetdist.training.schedule import schedule_phases
 from tetdist.wording import counted, duration
@@ -37,6 +37,7 @@ class Plan:
     evaluations: int  # of the validation split, by weights and average
     train_images: int
     val_images: int
+    pixels: int  # side of a sample
     origin: str  # source of these sizes
     parameters: int
     checkpoint_bytes: int  # of one checkpoint
@@ -55,6 +56,11 @@ class Plan:
     def images(self) -> int:
         return self.steps * self.config.batch.global_
 
+    def rate(self, images_per_s: float, timesteps: float) -> float:
+        """Return the rate at another T than the first phase's, from that at the first phase's."""
+        first = self.config.phases[self.config.start_phase]
+        return images_per_s * first.mean_timesteps / timesteps
+
 
 def make(
     config: RunConfig,
@@ -62,6 +68,7 @@ def make(
     *,
     train_images: int,
     val_images: int,
+    pixels: int,
     parameters: int,
     buffers: int,
     origin: str = "in the split",
@@ -86,6 +93,7 @@ def make(
         evaluations=copies * math.ceil((last_step - first_step) / every),
         train_images=train_images,
         val_images=val_images,
+        pixels=pixels,
         origin=origin,
         parameters=parameters,
         checkpoint_bytes=4 * (parameters * (copies + moments) + copies * buffers),
@@ -93,23 +101,28 @@ def make(
     )
 
 
-def seconds_of(plan: Plan, speed: Speed) -> float:
-    """Return the computing time of the run, without waiting in a queue."""
+def seconds_of(plan: Plan, images_per_s: float) -> float:
+    """Return the computing time of the run, without waiting in a queue.
+
+    Args:
+        images_per_s: Training speed of one process at the first phase's T.
+    """
     total = 0.0
     phases = schedule_phases(plan.config.phases, plan.steps_per_epoch, plan.config.batch.global_)
     for phase in phases[plan.config.start_phase :]:
         steps = max(0, min(phase.end_step, plan.last_step) - phase.first_step)
         images = plan.evaluations * steps / plan.steps * plan.val_images / EVALUATION
         images += steps * plan.config.batch.global_
-        total += images / plan.cluster.processes / speed.rate(phase.section.mean_timesteps)
+        rate = plan.rate(images_per_s, phase.section.mean_timesteps)
+        total += images / plan.cluster.processes / rate
     return total
 
 
 # --- as text --------------------------------------------------------------------------------------
 
 
-def describe(plan: Plan, speed: Speed | str) -> str:
-    """Return the plan as text; without a speed, with the reason."""
+def describe(plan: Plan, images_per_s: float | None) -> str:
+    """Return the plan as text; without a speed, with the command that measures it."""
     config, cluster, batch = plan.config, plan.cluster, plan.config.batch
     # The newest, and the best of the weights and of their moving average.
     kept = config.save.keep_last + (1 if config.ema.decay is None else 2)
@@ -139,15 +152,9 @@ def describe(plan: Plan, speed: Speed | str) -> str:
         f"time limit   {limit}{note}; saves and requeues {cluster.warn_before_end} s before it"
         f"{short if stretch <= 0 else ''}",
     ]
-    if isinstance(speed, str):
-        return "\n".join([*lines, f"duration     unknown: {speed}"])
-    if speed.peak_mib is not None:
-        measured, weights = speed.peak_mib * 2**20, plan.checkpoint_bytes
-        lines.append(
-            f"memory       {_size(measured + weights)} a GPU: {_size(measured)} as measured for "
-            f"activations and gradients, {_size(weights)} for weights and optimiser state"
-        )
-    seconds = seconds_of(plan, speed)
+    if images_per_s is None:
+        return "\n".join([*lines, f"duration     unknown: {_how_to_measure(plan)}"])
+    seconds = seconds_of(plan, images_per_s)
     unit = "GPU" if cluster.gpus_per_node else "node"
     hours = seconds / 3600 * cluster.nodes * (cluster.gpus_per_node or 1)
     number = math.ceil(seconds / stretch) if stretch > 0 else 0
@@ -159,13 +166,35 @@ def describe(plan: Plan, speed: Speed | str) -> str:
         f"duration     {duration(seconds)}, "
         f"{duration(seconds * plan.steps_per_epoch / plan.steps)} an epoch, {unit}-hours "
         f"{hours:,.{0 if hours >= 10 else 2}f}, {starts}",
-        f"             from {speed.images_per_s:.4g} samples/s a process at T={speed.timesteps:g} "
-        f"({speed.source}), without the time to average gradients unless it was measured",
+        f"             from {images_per_s:.4g} samples/s a process at "
+        f"T={phases[0].mean_timesteps:g}, without the time to average gradients unless the "
+        "measurement included it",
     ]
     is_known = config.data.image_size >= 128  # small images load much faster
     if config.data.kind == "images" and config.data.device == "cpu" and is_known:
-        lines.append(_loading(plan, speed.rate(phases[0].mean_timesteps)))
+        lines.append(_loading(plan, images_per_s))
     return "\n".join(lines)
+
+
+def _how_to_measure(plan: Plan) -> str:
+    config = plan.config
+    if config.imports:  # bench measures tetdist's networks alone
+        return (
+            "train on a node with max_steps=100, then give the --images-per-s that "
+            f"`{typed('status')}` prints of the run"
+        )
+    options = {
+        "--model": config.model.name,
+        "--size": plan.pixels,
+        "--timesteps": round(config.phases[config.start_phase].mean_timesteps),
+        "--batch": config.batch.micro,
+        "--precision": config.precision,
+        "--device": "cuda" if plan.cluster.gpus_per_node else "cpu",
+    }
+    if config.recompute == "blocks":
+        options["--modes"] = "blocks"
+    command = typed("bench", "step", *(word for option in options.items() for word in option))
+    return f"measure it on a node with `{command}`, which prints --images-per-s"
 
 
 def _cpus(threads: int, given: int | None) -> str:

@@ -22,7 +22,6 @@ from tetdist.apps.slurm.history import JobEvent, Submission
 from tetdist.apps.slurm.job import Job
 from tetdist.apps.slurm.jobs import refuse_if_queued
 from tetdist.apps.slurm.plan import Plan
-from tetdist.apps.slurm.speed import Speed
 from tetdist.config import fields, identity, loading
 from tetdist.config.schema import RunConfig
 from tetdist.data.splits import open_data
@@ -48,7 +47,6 @@ class Prepared:
     config: RunConfig
     cluster: ClusterSection
     plan: Plan
-    frames: tuple[int, ...] | None  # shape of the recordings, (T, 2, H, W)
 
 
 def prepare(
@@ -78,19 +76,20 @@ def prepare(
     train_index, val_index = data or open_data(config, _world(cluster))
     model = make_model(config, train_index)
     parameters = sum(p.numel() for p in model.parameters())
-    sizes = train_index.file_sizes
+    sizes, frames = train_index.file_sizes, train_index.frames(config.data)
     assumed = "" if config.data.held_out else "; evaluations assume ImageNet's proportion"
     made = plan.make(
         config,
         cluster,
         train_images=len(train_index),
         val_images=len(val_index),
+        pixels=frames[2] if frames else config.data.image_size,
         parameters=parameters,
         buffers=sum(b.numel() for b in model.buffers()),
         origin="in the split" if data is None else "as given, without reading the data" + assumed,
         sample_bytes=float(sizes.mean()) if sizes.size else None,
     )
-    return Prepared(config, cluster, made, train_index.frames(config.data))
+    return Prepared(config, cluster, made)
 
 
 def assumed_indexes(config: RunConfig, images: int) -> tuple[Index, Index]:
@@ -292,14 +291,14 @@ def summary(submission: Submission, config: RunConfig) -> str:
     return "\n".join(lines)
 
 
-def dry_run(run: Prepared, speed: Speed | str, options: Namespace, code: Path | None = None) -> str:
+def dry_run(run: Prepared, options: Namespace, code: Path | None = None) -> str:
     """Return plan, batch script and, if wanted, configuration as text; nothing is written."""
     folder = history.slurm_folder(run.config.run_dir.absolute()) / "submission-N"
     # Placeholders: the jobs need not exist yet.
     depends_on = [f"JOB_OF_{Path(name).name}" for name in options.after]
     values = batch.parameters(run.config.name, run.cluster, code or folder / "code", depends_on)
     config = absolute(run.config).as_dict() | {"cluster": run.cluster.model_dump(mode="json")}
-    parts = ["# --- plan", plan.describe(run.plan, speed)]
+    parts = ["# --- plan", plan.describe(run.plan, options.images_per_s)]
     parts += ["\n# --- batch script", batch.text(values, folder)]
     if options.print_config:
         parts += ["# --- configuration", yaml.safe_dump(config, sort_keys=False)]

@@ -57,10 +57,10 @@ def dry_run(runs: list[StudyRun], output: Path, flags: list[str]) -> int:
         after = [needed for needed in run.needs if not is_trained(needed)]
         dependency = [word for needed in after for word in ("--after", str(needed.folder))]
         options = command.parse_arguments([*run.arguments, *dependency, *flags])
-        prepared, speed = command.planned(options)
-        seconds.append(math.nan if isinstance(speed, str) else seconds_of(prepared.plan, speed))
+        prepared, speed = command.planned(options), options.images_per_s
+        seconds.append(math.nan if speed is None else seconds_of(prepared.plan, speed))
         print(f"{run.name}: {_time(seconds[-1])}{_starts_after(after)}", flush=True)
-        shown = submission.dry_run(prepared, speed, options, code)
+        shown = submission.dry_run(prepared, options, code)
     about = f". The last one's plan and script:\n{shown}" if shown else ""
     is_given = any(flag.startswith("--images-per-s") for flag in flags)
     same = ", at the given samples/s whatever the T of a run" * is_given
