@@ -34,7 +34,7 @@ from tetdist.nn.batch_norm import BatchNorm, defer_running_statistics, recomputi
 from tetdist.nn.fast import build, dispatch, native, native_pool
 from tetdist.nn.neurons import LIF, make
 from tetdist.nn.norm_neuron import Neuron, NormAdd, NormNeuron, spiking_layers
-from tetdist.nn.packed import carried
+from tetdist.nn.packed import packed_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -222,10 +222,10 @@ def test_spikes_in_bytes(implementation, kind):
         both = module(current, 3, identity=first)
         both.float().sum().backward()
         with torch.no_grad():
-            assert carried(module(current, 3)) is None
-        assert carried(module.eval()(current, 3)) is None
+            assert packed_of(module(current, 3)) is None
+        assert packed_of(module.eval()(current, 3)) is None
     for spikes, most in ((first, 1), (both, 2)):
-        packed = carried(spikes)
+        packed = packed_of(spikes)
         assert packed.levels == config.levels
         assert torch.equal(packed.unpack(dtype), spikes)
         assert 0 <= spikes.min() <= spikes.max() <= most * config.highest

@@ -10,7 +10,7 @@ from kernel_runs import interpreted, kept_tensors, needs_compiler, not_native
 from torch import nn
 
 from tetdist.nn.fast import native_pool
-from tetdist.nn.packed import AvgPool, Conv2d, MaxPool, carried, carry, pack
+from tetdist.nn.packed import AvgPool, Conv2d, MaxPool, pack, packed_of, with_packed
 from tetdist.nn.precision import autocast
 
 SHAPE = (3, 2, 4, 9, 7)  # (T, B, C, H, W), with an odd height
@@ -24,9 +24,9 @@ def some(levels=1, highest=3, dtype=torch.float32):
     return flat.unflatten(0, SHAPE[:2]).to(dtype).requires_grad_()
 
 
-def with_packed(x, levels):
+def in_bytes(x, levels):
     y = x * 1
-    return carry(y, pack(x.detach(), levels))
+    return with_packed(y, pack(x.detach(), levels))
 
 
 def timewise(module, x):
@@ -56,7 +56,7 @@ def test_convolution(name, levels, precision):
         x = some(levels)
         with autocast(x.device, precision):
             if packed:
-                y = conv(with_packed(x, levels))
+                y = conv(in_bytes(x, levels))
             else:
                 y = timewise(conv, x)
         y.float().square().sum().backward()
@@ -91,8 +91,8 @@ def test_max_pool(implementation, window, size, levels):
         x = values.clone().requires_grad_()
         with context[implementation]():
             if packed:
-                y = MaxPool(*window)(with_packed(x, levels))
-                found = carried(y)
+                y = MaxPool(*window)(in_bytes(x, levels))
+                found = packed_of(y)
                 assert torch.equal(found.unpack(torch.float32), y)
             else:
                 y = timewise(nn.MaxPool2d(*window), x)
@@ -110,7 +110,7 @@ def test_max_pool_in_bfloat16_adds_gradients_in_float32(implementation):
     for dtype in (torch.bfloat16, torch.float32):
         leaf = x.to(dtype, copy=True).requires_grad_()
         with interpreted() if implementation == "triton" else contextlib.nullcontext():
-            y = MaxPool(3, 1, 1)(with_packed(leaf, 1))
+            y = MaxPool(3, 1, 1)(in_bytes(leaf, 1))
             assert y.dtype == dtype
             grad = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).bfloat16()
             y.backward(grad.to(dtype))
@@ -126,12 +126,12 @@ def test_average_pool():
     results = []
     for packed in (False, True):
         x = some(highest=1)
-        y = AvgPool()(with_packed(x, 1)) if packed else timewise(nn.AvgPool2d(2), x)
+        y = AvgPool()(in_bytes(x, 1)) if packed else timewise(nn.AvgPool2d(2), x)
         (y * torch.arange(y.numel()).view(y.shape)).sum().backward()
         results.append((y.detach(), x.grad))
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
-    y = AvgPool()(with_packed(some(highest=1), 1))
-    found = carried(y)
+    y = AvgPool()(in_bytes(some(highest=1), 1))
+    found = packed_of(y)
     assert found.levels == 4
     assert torch.equal(found.unpack(torch.float32), y)
 
@@ -139,7 +139,7 @@ def test_average_pool():
 @pytest.mark.parametrize("operation", ["conv", "max"])
 def test_bytes_are_kept_instead_of_numbers(operation):
     module = CONVOLUTIONS["3x3"] if operation == "conv" else MaxPool(3, 2, 1)
-    x = with_packed(some(), 1)
+    x = in_bytes(some(), 1)
     with kept_tensors() as kept:
         y = module(x)
     weights = {p.data_ptr() for p in module.parameters()}
@@ -149,11 +149,11 @@ def test_bytes_are_kept_instead_of_numbers(operation):
 
 
 def test_note_is_void_after_a_write():
-    x = with_packed(some(), 1)
-    assert carried(x) is not None
+    x = in_bytes(some(), 1)
+    assert packed_of(x) is not None
     with torch.no_grad():
         x += 1
-    assert carried(x) is None
+    assert packed_of(x) is None
     # And torch's own operation is used.
     conv = CONVOLUTIONS["3x3"]
     assert torch.equal(conv(x), timewise(conv, x))
@@ -184,7 +184,7 @@ def test_bfloat16_convolution_of_one_pixel():
     for precision in ("fp32", "bf16", "bf16", "bf16"):
         conv.zero_grad()
         with autocast(x.device, precision):
-            y = conv(carry(x.clone().requires_grad_(), pack(x)))
+            y = conv(with_packed(x.clone().requires_grad_(), pack(x)))
         y.float().square().sum().backward()
         gradients.append(conv.weight.grad.clone())
     assert y.dtype == torch.bfloat16

@@ -12,7 +12,7 @@ from tetdist.nn.integer_neurons import ILIF, NILIF
 from tetdist.nn.learned_decay import PLIF
 from tetdist.nn.neurons import LIF
 from tetdist.nn.norm_neuron import Neuron, carrying_membranes
-from tetdist.nn.packed import carried, carry, pack
+from tetdist.nn.packed import pack, packed_of, with_packed
 from tetdist.nn.products import HeadSum, LinearAttention, PositionSum, masked
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -26,7 +26,7 @@ def spikes(*shape, seed=0, dtype=torch.float64, levels=1, most=None):
     x = (numbers / levels).to(dtype)
     x = x.flatten(0, 1).contiguous(memory_format=torch.channels_last).unflatten(0, shape[:2])
     x.requires_grad_()
-    return carry(x, pack(x.detach(), levels))
+    return with_packed(x, pack(x.detach(), levels))
 
 
 SHAPE = (2, 3, 12, 4, 5)
@@ -72,7 +72,7 @@ def test_is_the_definition(name, levels):
     for one, other in zip(found, wanted, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
     if name.startswith("mask") and levels == 1:
-        packed = carried(y)
+        packed = packed_of(y)
         assert torch.equal(packed.unpack(y.dtype), y)
 
 
@@ -145,7 +145,7 @@ def test_triton_computes_attention_and_its_neurons(name, dtype, monkeypatch):
     for x in inputs[1:]:  # Most keys and values are as large as they can be.
         with torch.no_grad():
             x[..., x.shape[-1] // 2 :] = most / levels
-        carry(x, pack(x.detach(), levels))
+        with_packed(x, pack(x.detach(), levels))
     layer, attention = Neuron(neuron).train(), LinearAttention(heads, 0.125)
     generator = torch.Generator().manual_seed(7)
     weight = torch.randint(-8, 8, shapes[2], generator=generator) / 4
@@ -171,13 +171,13 @@ def test_triton_computes_attention_and_its_neurons(name, dtype, monkeypatch):
     with interpreted(), monkeypatch.context() as patch:
         patch.setattr(LinearAttention, "of", None)
         found = results(dtype, inputs)
-        packed = carried(found["spikes"])
+        packed = packed_of(found["spikes"])
         assert torch.equal(packed.unpack(dtype), found["spikes"])
         carriers, starts = ([layer], [start]) if carries else ([], None)
         with torch.no_grad(), carrying_membranes(carriers, starts):
             numbers = attention.fired(*(x.detach().contiguous() for x in inputs), layer)
     assert torch.equal(numbers, found["spikes"])
-    assert carried(numbers) is None
+    assert packed_of(numbers) is None
     layer.double().execution = "reference"
     expected = results(torch.float64, [x.detach().double().requires_grad_() for x in inputs])
     assert expected["spikes"].std() > 0.03 * most / levels

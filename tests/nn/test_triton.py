@@ -67,8 +67,7 @@ def test_bytes_are_halved_and_unpacked_as_by_torch(count):
         assert torch.equal(found.values, expected.values)
         numbers = found.numbers(torch.bfloat16)
         unpacked = whole.unpack(torch.float32)
-    carried = packed.carried(numbers)
-    assert torch.equal(carried.values, values)
+    assert torch.equal(packed.packed_of(numbers).values, values)
     assert torch.equal(numbers, values.bfloat16() / 4)
     assert torch.equal(unpacked, values / 4)
 

@@ -34,7 +34,7 @@ from tetdist.models.sew_resnet import connect
 from tetdist.nn.dropout import DropPath
 from tetdist.nn.neurons import NeuronConfig
 from tetdist.nn.norm_neuron import Neuron
-from tetdist.nn.packed import carried, carry
+from tetdist.nn.packed import packed_of, with_packed
 from tetdist.nn.products import HeadSum, LinearAttention, masked
 
 logger = logging.getLogger(__name__)
@@ -188,10 +188,12 @@ class MixingConvNormNeuron(ConvNormNeuron):
 
 
 def _in_both_forms(view: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """Return a view of a tensor that carries the same view of its bytes."""
-    packed = carried(x)
+    """Return a view of a tensor, with the same view of its bytes attached."""
+    packed = packed_of(x)
     return (
-        view(x) if packed is None else carry(view(x), packed._replace(values=view(packed.values)))
+        view(x)
+        if packed is None
+        else with_packed(view(x), packed._replace(values=view(packed.values)))
     )
 
 

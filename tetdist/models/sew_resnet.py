@@ -18,7 +18,7 @@ from tetdist.models.base import ConvNormNeuron, SpikingNetwork, conv1x1, conv3x3
 from tetdist.nn import neurons
 from tetdist.nn.dropout import DropPath
 from tetdist.nn.neurons import NeuronConfig
-from tetdist.nn.packed import Conv2d, MaxPool, carried, carry, pack
+from tetdist.nn.packed import Conv2d, MaxPool, pack, packed_of, with_packed
 
 Connect = Literal["add", "and", "iand"]
 # Functions that join a block's spikes with its input's.
@@ -56,8 +56,8 @@ def _joined(last: ConvNormNeuron, x: Tensor, identity: Tensor, function: Connect
         return last(x, identity=identity)
     residual = last(x)
     joined = CONNECT[function](residual, identity)
-    in_bytes = last.training and last.neuron.neuron.binary and carried(identity) is not None
-    return carry(joined, pack(joined.detach())) if in_bytes else joined
+    in_bytes = last.training and last.neuron.neuron.binary and packed_of(identity) is not None
+    return with_packed(joined, pack(joined.detach())) if in_bytes else joined
 
 
 class BasicBlock(nn.Module):

@@ -30,7 +30,7 @@ from tetdist.nn.dropout import rising_rates
 from tetdist.nn.neurons import NeuronConfig
 from tetdist.nn.norm_neuron import Neuron, NormAdd
 from tetdist.nn.norm_pool import NormPool
-from tetdist.nn.packed import MaxPool, carried, carry, pack
+from tetdist.nn.packed import MaxPool, pack, packed_of, with_packed
 from tetdist.nn.products import PositionSum, image, masked, tokens
 
 
@@ -121,7 +121,7 @@ class SpreadTokens(nn.Module):
         images = tokens(x, self.heads, x.dtype).flatten(0, 1)
         spread = functional.max_pool2d(images, 3, stride=1, padding=1)
         y = image(spread.unflatten(0, x.shape[:2]), x.shape)
-        return y if carried(x) is None else carry(y, pack(y.detach()))
+        return y if packed_of(x) is None else with_packed(y, pack(y.detach()))
 
     def extra_repr(self) -> str:
         return f"heads={self.heads}"

@@ -19,7 +19,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from tetdist.nn.packed import carried, carry, pack
+from tetdist.nn.packed import pack, packed_of, with_packed
 from tetdist.nn.precision import wide_type
 
 
@@ -96,9 +96,9 @@ class DropPath(Dropout):
         """Return the joined spikes, unscaled, or the shortcut's if the branch is dropped."""
         if not self.is_active:
             return joined
-        packed = carried(joined)
+        packed = packed_of(joined)
         y = torch.where(self.factors_for(joined) > 0, joined, identity)
-        return y if packed is None else carry(y, pack(y.detach(), packed.levels))
+        return y if packed is None else with_packed(y, pack(y.detach(), packed.levels))
 
 
 def rising_rates(rate: float, num_blocks: int) -> list[float]:

@@ -26,7 +26,7 @@ from tetdist.nn.fast.fused import (
     Norms,
 )
 from tetdist.nn.neurons import NeuronConfig
-from tetdist.nn.packed import Packed, carried, carry
+from tetdist.nn.packed import Packed, packed_of, with_packed
 from tetdist.nn.precision import wide_type
 
 
@@ -115,18 +115,22 @@ class FusedLayer(nn.Module):
                 raise ValueError(f"execution must be 'fused' or 'reference', not {other!r}")
 
 
-class _Carrying(threading.local):
-    """Membranes of the layers that carry them now (None: at rest), separate in each thread."""
+class _Membranes(threading.local):
+    """Membranes by layer, of the layers within `carrying_membranes`; each thread has its own.
+
+    A layer is called by blocks, by torch's containers and by users' modules, so its membrane is no
+    second argument and result, as it is of torch's recurrent layers.
+    """
 
     def __init__(self) -> None:
-        self.membranes: dict[nn.Module, Tensor | None] = {}
+        self.of: dict[nn.Module, Tensor | None] = {}  # None: at rest
 
 
-_carrying = _Carrying()
+_membranes = _Membranes()
 
 
 class NeuronLayer(FusedLayer):
-    """A layer of neurons, whose membranes `carrying_membranes` carries.
+    """A layer of neurons, whose membranes `carrying_membranes` takes from segment to segment.
 
     Attributes:
         learned: The neurons' own learnt values; a subclass creates them after its norm.
@@ -140,13 +144,13 @@ class NeuronLayer(FusedLayer):
 
     @property
     def carries(self) -> bool:
-        """True if this thread carries the layer's membranes."""
-        return self in _carrying.membranes
+        """True if the layer runs within `carrying_membranes`, in this thread."""
+        return self in _membranes.of
 
     @property
     def membrane(self) -> Tensor | None:
-        """The membrane that this thread carries; None: at rest."""
-        return _carrying.membranes.get(self)
+        """The membrane after the segment before this one; None: at rest."""
+        return _membranes.of.get(self)
 
     def fire(self, current: Tensor, timesteps: int) -> Tensor:
         """Return spikes (T, B, ...) of a current (1 or T, B, ...), in its type and layout."""
@@ -168,7 +172,7 @@ class NeuronLayer(FusedLayer):
         current = current.expand(timesteps, *current.shape[1:])
         spikes, membrane = self.neuron.run(current, self.membrane, **learned)
         if self.carries:
-            _carrying.membranes[self] = membrane
+            _membranes.of[self] = membrane
         return spikes
 
     def _fire_fused(
@@ -179,18 +183,18 @@ class NeuronLayer(FusedLayer):
         layouts = [_Layout.of(x, (1, 3, 4, 2) if attended else None) for x in tensors]
         flat = [of.flat(x) for of, x in zip(layouts, tensors, strict=True)]
         kept, layout = flat, layouts[-1]
-        if attended and all(of_all := [carried(x) for x in tensors]):
+        if attended and all(of_all := [packed_of(x) for x in tensors]):
             kept = [of.flat(one.values) for of, one in zip(layouts, of_all, strict=True) if one]
         start = None if (u := self.membrane) is None else layout.flat(self._stacked(u))
         learned = self.for_kernels(current, kernels)
         spikes, packed, end = FusedNeuron.apply(start, kernels, kept, *flat, *learned)
         if self.carries:
-            _carrying.membranes[self] = self._unstacked(layout.shaped(end))
+            _membranes.of[self] = self._unstacked(layout.shaped(end))
         spikes = layout.shaped(spikes)
-        return self.carrying(spikes, None if packed is None else layout.shaped(packed))
+        return self.with_bytes(spikes, None if packed is None else layout.shaped(packed))
 
     def _stacked(self, membrane: Tensor) -> Tensor:
-        """Return the carried membrane as the kernels take it, (K, B, ...)."""
+        """Return a segment's first membrane as the kernels take it, (K, B, ...)."""
         return membrane if self.neuron.sample_axis else membrane[None]
 
     def _unstacked(self, end: Tensor) -> Tensor:
@@ -202,12 +206,12 @@ class NeuronLayer(FusedLayer):
         parameters = {name: value.to(wide) for name, value in self.learned.items()}
         return self.neuron.for_kernels(kernels.timesteps, **parameters)
 
-    def carrying(self, spikes: Tensor, packed: Tensor | None) -> Tensor:
-        """Return the spikes, carrying their byte form if there is one."""
+    def with_bytes(self, spikes: Tensor, packed: Tensor | None) -> Tensor:
+        """Attach their bytes, if any, to the spikes."""
         if packed is None:
             return spikes
         assert self.neuron.levels is not None
-        return carry(spikes, Packed(packed, self.neuron.levels))
+        return with_packed(spikes, Packed(packed, self.neuron.levels))
 
     def extra_repr(self) -> str:
         return str(self.neuron)
@@ -345,11 +349,11 @@ class NormNeuron(NeuronLayer):
         return spikes if identity is None else spikes + identity
 
     def _joins_bytes(self, identity: Tensor | None) -> bool:
-        """Return whether spikes plus ``identity`` fit into bytes; only a tensor that carries its
-        bytes has known levels."""
+        """Return whether spikes plus ``identity`` fit into bytes; only a tensor with bytes has
+        known levels."""
         if identity is None:
             return True
-        packed = carried(identity)
+        packed = packed_of(identity)
         return packed is not None and packed.levels == self.neuron.levels
 
     def _fused(
@@ -369,9 +373,9 @@ class NormNeuron(NeuronLayer):
             *(*norms.parameters(), *learned),
         )
         if self.carries:
-            _carrying.membranes[self] = self._unstacked(image_of(end, current.shape))
+            _membranes.of[self] = self._unstacked(image_of(end, current.shape))
         bytes_of = None if packed is None else image_of(packed, current.shape)
-        return self.carrying(image_of(rows, current.shape), bytes_of)
+        return self.with_bytes(image_of(rows, current.shape), bytes_of)
 
 
 def rows_of(x: Tensor) -> Tensor:
@@ -454,28 +458,27 @@ def _norm_add(
 
 @contextlib.contextmanager
 def carrying_membranes(
-    modules: list[NeuronLayer], membranes: list[Tensor] | None
+    layers: list[NeuronLayer], membranes: list[Tensor] | None
 ) -> Iterator[Callable[[], list[Tensor]]]:
     """Make the neurons, in this thread, start from membranes and keep their last ones.
 
     Args:
-        modules: Modules, each of which runs once.
+        layers: Layers, each of which runs once.
         membranes: Membranes of each after its last reset, (B, ...); None: all at rest.
 
     Yields:
         Function that returns, after they have run, their membranes after the last reset.
     """
-    carried = _carrying.membranes
-    starts: Sequence[Tensor | None] = membranes or [None] * len(modules)
-    carried.update(zip(modules, starts, strict=True))
+    starts: Sequence[Tensor | None] = membranes or [None] * len(layers)
+    _membranes.of.update(zip(layers, starts, strict=True))
 
     def ends() -> list[Tensor]:
-        found = [carried[module] for module in modules]
-        assert all(end is not None for end in found)
-        return [end for end in found if end is not None]
+        last = [_membranes.of[layer] for layer in layers]
+        assert all(membrane is not None for membrane in last), "a layer did not run"
+        return [membrane for membrane in last if membrane is not None]
 
     try:
         yield ends
     finally:
-        for module in modules:
-            del carried[module]
+        for layer in layers:
+            del _membranes.of[layer]

@@ -2,8 +2,10 @@
 
 Convolutions need spikes as floating-point numbers, and autograd would keep them so. But spikes, the
 small sums of them that SEW blocks exchange, and their means over 2x2 pixels are multiples of 1 or
-1/4, which a byte holds exactly. Such a tensor carries its packed form as an attribute; the
-operations here keep that and free the tensor itself. Without the attribute they are torch's own.
+1/4, which a byte holds exactly. `with_packed` attaches a tensor's packed form to it as an
+attribute: layers pass plain tensors, so that any module of torch may stand between them. The
+operations here keep the packed form and free the tensor itself; for a tensor without one they are
+torch's own.
 """
 
 import threading
@@ -37,8 +39,8 @@ class Packed(NamedTuple):
         return self.values.to(dtype) / self.levels
 
     def numbers(self, dtype: torch.dtype) -> Tensor:
-        """Return the tensor, carrying its bytes."""
-        return carry(self.unpack(dtype), self)
+        """Return the tensor, with its packed form attached."""
+        return with_packed(self.unpack(dtype), self)
 
 
 def pack(x: Tensor, levels: int = 1) -> Packed:
@@ -62,11 +64,11 @@ class Halved(NamedTuple):
     strides: tuple[int, ...]
 
     def numbers(self, dtype: torch.dtype) -> Tensor:
-        """Return the tensor, carrying its bytes."""
+        """Return the tensor, with its packed form attached."""
         if (gpu := dispatch.triton_for(self.values)) is not None:
             of = (self.values, self.shape, self.strides, self.levels)
             values, numbers = gpu.unpack_halves(*of, dtype)
-            return carry(numbers, Packed(values, self.levels))
+            return with_packed(numbers, Packed(values, self.levels))
         flat = torch.stack([self.values & 15, self.values >> 4], dim=1).flatten()
         return Packed(flat.as_strided(self.shape, self.strides), self.levels).numbers(dtype)
 
@@ -83,23 +85,22 @@ def halve(packed: Packed) -> Halved:
     return Halved(low | (high << 4), levels, values.shape, values.stride())
 
 
-def carry(x: Tensor, packed: Packed) -> Tensor:
-    """Attach a tensor's packed form to it, for the following operations."""
-    # The version is stored, too: writing into the tensor invalidates the packed form.
+def with_packed(x: Tensor, packed: Packed) -> Tensor:
+    """Attach a tensor's packed form to it, which holds until the tensor is written to."""
     x.packed_spikes = (packed, _version(x))  # type: ignore[attr-defined]  # ours
     return x
 
 
-def carried(x: Tensor) -> Packed | None:
-    """Return the packed form that a tensor carries, if any."""
+def packed_of(x: Tensor) -> Packed | None:
+    """Return a tensor's packed form, if it has one and was not written to since."""
     packed, version = getattr(x, "packed_spikes", (None, 0))
     return packed if version == _version(x) else None
 
 
 def converted(x: Tensor, dtype: torch.dtype) -> Tensor:
     """Convert a tensor to another type, keeping the packed form of ``x``."""
-    packed, y = carried(x), x.to(dtype)
-    return y if packed is None else carry(y, packed)
+    packed, y = packed_of(x), x.to(dtype)
+    return y if packed is None else with_packed(y, packed)
 
 
 def _version(x: Tensor) -> int:
@@ -128,7 +129,7 @@ class Conv2d(nn.Conv2d):
         return reused.last[1]
 
     def _convolve(self, x: Tensor) -> Tensor:
-        packed = carried(x)
+        packed = packed_of(x)
         flat = x.flatten(0, 1)
         dtype = _compute_type(x)
         if x.device.type == "cpu" and flat.shape[2:] == (1, 1) and dtype.itemsize == 2:
@@ -196,18 +197,18 @@ class MaxPool(nn.MaxPool2d):
     """Max-pooling of each timestep of (T, B, C, H, W)."""
 
     def forward(self, x: Tensor) -> Tensor:
-        packed = carried(x)
+        packed = packed_of(x)
         flat = x.flatten(0, 1)
         if packed is None or not torch.is_grad_enabled():
             return super().forward(flat).unflatten(0, x.shape[:2])
         kernels = dispatch.pooling_for(flat)
         if kernels is None:
             y = super().forward(flat).unflatten(0, x.shape[:2])
-            return carry(y, pack(y.detach(), packed.levels))
+            return with_packed(y, pack(y.detach(), packed.levels))
         flat_packed = packed._replace(values=packed.values.flatten(0, 1))
         y, values = _MaxPool.apply(flat, flat_packed, self, kernels)
         again = packed._replace(values=values.unflatten(0, x.shape[:2]))
-        return carry(y.unflatten(0, x.shape[:2]), again)
+        return with_packed(y.unflatten(0, x.shape[:2]), again)
 
 
 class _MaxPool(torch.autograd.Function):
@@ -238,13 +239,13 @@ class AvgPool(nn.AvgPool2d):
         super().__init__(kernel_size, stride, padding)
 
     def forward(self, x: Tensor) -> Tensor:
-        packed = carried(x)
+        packed = packed_of(x)
         flat = x.flatten(0, 1)
         if packed is None or not torch.is_grad_enabled():
             return super().forward(flat).unflatten(0, x.shape[:2])
         y = _AvgPool.apply(flat, self).unflatten(0, x.shape[:2])
         # Quarters and their sums are exact in floating point; ninths are not.
-        return carry(y, pack(y.detach(), 4 * packed.levels)) if self.kernel_size == 2 else y
+        return with_packed(y, pack(y.detach(), 4 * packed.levels)) if self.kernel_size == 2 else y
 
 
 class _AvgPool(torch.autograd.Function):

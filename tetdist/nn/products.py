@@ -14,7 +14,7 @@ factors, spikes and sums over at most 2048 positions, and it adds up in float32.
 `LinearAttention.fired` also runs the neurons behind it. In training on a GPU one kernel computes
 both (fast/kernels/attention.py), also with exact sums, whatever the number of spikes.
 
-**Bytes.** If spikes carry their bytes (packed.py), only those are kept for the backward pass, which
+**Bytes.** If spikes have their bytes (packed.py), only those are kept for the backward pass, which
 recomputes the sums.
 """
 
@@ -26,7 +26,7 @@ from torch.autograd.function import once_differentiable
 
 from tetdist.nn.fast import dispatch
 from tetdist.nn.norm_neuron import Neuron
-from tetdist.nn.packed import Packed, carried, carry, converted
+from tetdist.nn.packed import Packed, converted, packed_of, with_packed
 from tetdist.nn.precision import exact, wide_type
 
 
@@ -82,7 +82,7 @@ class PositionSum(Product):
         if self.spread is not None:
             products: Tensor = self.spread(one * other)
             return products.sum((3, 4), keepdim=True, dtype=wide_type(one))
-        packed, packed_other = carried(one), carried(other)
+        packed, packed_other = packed_of(one), packed_of(other)
         if not (_is_whole(packed) and _is_whole(packed_other) and torch.is_grad_enabled()):
             return _position_sum(one, other)
         total: Tensor = _PositionSum.apply(one, other, packed.values, packed_other.values)
@@ -145,7 +145,7 @@ class LinearAttention(Product):
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Map queries and keys (T, B, C, H, W) and values (T, B, C', H, W) to (T, B, C', H, W)."""
-        packed = [one for one in map(carried, (q, k, v)) if one is not None]
+        packed = [one for one in map(packed_of, (q, k, v)) if one is not None]
         if len(packed) < 3 or not torch.is_grad_enabled():
             return self.of(q, k, v)
         attended: Tensor = _LinearAttention.apply(q, k, v, packed, self)
@@ -220,12 +220,12 @@ def masked(x: Tensor, mask: Tensor) -> Tensor:
         mask: Mask spikes per head and position, (T, B, heads, H, W), or per channel, (T, B, C, 1,
             1).
     """
-    packed, packed_mask = carried(x), carried(mask)
+    packed, packed_mask = packed_of(x), packed_of(mask)
     mask = mask.to(x.dtype)
     if not (_is_whole(packed) and _is_whole(packed_mask) and torch.is_grad_enabled()):
         return _where_masked(x, mask)
     y: Tensor = _Masked.apply(x, mask, packed.values, packed_mask.values)
-    return carry(y, packed._replace(values=_where_masked(packed.values, packed_mask.values)))
+    return with_packed(y, packed._replace(values=_where_masked(packed.values, packed_mask.values)))
 
 
 def _where_masked(x: Tensor, mask: Tensor) -> Tensor:

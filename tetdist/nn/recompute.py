@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 
 from tetdist.nn import batch_norm, dropout
 from tetdist.nn.norm_neuron import NeuronLayer, carrying_membranes
-from tetdist.nn.packed import Halved, Packed, carried, carry, halve, pack
+from tetdist.nn.packed import Halved, Packed, halve, pack, packed_of, with_packed
 
 
 class Block:
@@ -57,10 +57,10 @@ class Block:
         if x.shape[0] == 1 or len(self.lengths) == 1:
             return [x] * len(self.lengths)
         parts = list(x.split(self.lengths))
-        if packed := carried(x):
+        if packed := packed_of(x):
             values = packed.values.split(self.lengths)
             for part, own in zip(parts, values, strict=True):
-                carry(part, packed._replace(values=own))
+                with_packed(part, packed._replace(values=own))
         return parts
 
     def run(
@@ -88,7 +88,7 @@ class Block:
         """Return the kept form of an input."""
         if self.levels is None:
             return x
-        packed = carried(x) or pack(x.detach(), self.levels)
+        packed = packed_of(x) or pack(x.detach(), self.levels)
         assert packed.levels == self.levels
         return halve(packed) if self.halves else packed
 
@@ -168,10 +168,10 @@ def _segment_gradients(
     block: Block = ctx.block
     needs_input_grad: bool = ctx.needs_input_grad[0]
     with torch.enable_grad(), ctx.autocast():
-        packed = carried(x)
+        packed = packed_of(x)
         x = x.detach().requires_grad_(needs_input_grad)
         if packed:
-            carry(x, packed)
+            with_packed(x, packed)
         start = start and [membrane.detach().requires_grad_() for membrane in start]
         output, ends = block.run(x, timesteps, start)
     inputs = [x] if needs_input_grad else []

@@ -22,7 +22,7 @@ from tetdist.nn.integer_neurons import ILIF
 from tetdist.nn.neurons import LIF, NEURONS, NeuronConfig, make
 from tetdist.nn.norm_neuron import Neuron, NeuronLayer, NormAdd, NormNeuron, carrying_membranes
 from tetdist.nn.norm_pool import NormPool
-from tetdist.nn.packed import carried, carry, pack
+from tetdist.nn.packed import pack, packed_of, with_packed
 from tetdist.nn.parallel_neurons import PSN, SlidingPSN
 from tetdist.nn.products import LinearAttention
 
@@ -181,7 +181,7 @@ class Layer(nn.Module):
             out = self.layer(current, self.case.timesteps, added, spikes, self.norm)
         else:
             out = self.layer(current)
-        packed = carried(out)
+        packed = packed_of(out)
         return {"spikes": out, "bytes": out if packed is None else packed.unpack(out.dtype)}
 
 
@@ -255,7 +255,7 @@ def results(layer: Layer, inputs: Mapping[str, Tensor], seed: int) -> dict[str, 
     leaves, dtype = {k: x.clone().requires_grad_() for k, x in inputs.items()}, layer.case.dtype
     for name in ("spikes", *QKV):
         if name in inputs and inputs[name].dtype == dtype:
-            carry(leaves[name], pack(inputs[name]))
+            with_packed(leaves[name], pack(inputs[name]))
     found: dict[str, Any] = layer(leaves)
     generator = torch.Generator().manual_seed(seed)
     ends = [found[name] for name in ("spikes", "membrane") if name in found]
