@@ -219,6 +219,19 @@ def test_a_repeated_image_is_convolved_once(monkeypatch):
     assert len(calls) == 2
 
 
+@pytest.mark.parametrize("name", ["sew_resnet18", "spiking_convnet_dvs"])
+def test_a_frame_written_into_the_memory_of_the_last_one_is_taken_anew(name):
+    """And `step()` repeats the last frame as it was, whatever stands in its memory now."""
+    model, x = make(name, {})
+    frames = x.transpose(0, 1) if model.input_kind == "events" else (x, x.flip(0), x.flip(1))
+    ours, expected, buffer = model.stream(), model.stream(), torch.empty_like(frames[0])
+    buffer = buffer.contiguous(memory_format=torch.channels_last)
+    for image in frames:
+        assert torch.equal(ours.step(buffer.copy_(image)), expected.step(image.clone()))
+        buffer.zero_()
+        assert torch.equal(ours.step(), expected.step())
+
+
 def test_misuse_is_one_sentence():
     model, x = make("spiking_convnet", {})
     stream = model.stream()

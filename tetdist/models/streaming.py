@@ -1,8 +1,9 @@
 """Streaming: run a network one timestep at a time, with membranes carried from step to step."""
 
+import copy
 import math
 from collections.abc import Iterator
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from tetdist.errors import UserError
 from tetdist.nn import neurons
 from tetdist.nn.norm_neuron import NeuronLayer, carrying_membranes
-from tetdist.nn.packed import reused
+from tetdist.nn.packed import Conv2d
 from tetdist.wording import counted
 
 
@@ -62,6 +63,33 @@ def run_step(
         return logits[0], ends()
 
 
+class _FirstConv(nn.Module):
+    """A network's first convolution, which computes its last input's result only once.
+
+    It holds that input, so that no other one has its place in memory.
+    """
+
+    def __init__(self, conv: Conv2d) -> None:
+        super().__init__()
+        self.conv = conv
+        self.input: Tensor | None = None
+        self.result: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.result is None or self.input is None or x.data_ptr() != self.input.data_ptr():
+            self.input, self.result = x, self.conv(x)
+        return self.result
+
+
+def _with(module: nn.Module, path: list[str], replacement: nn.Module) -> nn.Module:
+    """Return a copy of a module with another one at a path; it shares all others, and weights."""
+    name, *rest = path
+    child = _with(module.get_submodule(name), rest, replacement) if rest else replacement
+    changed = copy.copy(module)
+    changed._modules = module._modules | {name: child}
+    return changed
+
+
 class Stream:
     """A network that takes one timestep after another; `SpikingNetwork.stream` makes it.
 
@@ -81,7 +109,9 @@ class Stream:
     def __init__(self, model: Streamed) -> None:
         self.model = model
         self._layers = carrying_layers(model)
-        self._first = next((m for _, m in model.named_modules() if isinstance(m, nn.Conv2d)), None)
+        convolutions = {n: m for n, m in model.named_modules() if isinstance(m, nn.Conv2d)}
+        self._first_name = next(iter(convolutions), "")
+        self._first = convolutions.get(self._first_name)
         self.reset()
 
     def reset(self) -> None:
@@ -89,7 +119,7 @@ class Stream:
         self.timesteps = 0
         self._shape: tuple[int, ...] = ()  # of a sample of the last frame
         self._input: Tensor | None = None
-        self._convolved: tuple[Tensor, Tensor] | None = None  # The first layer's input and output.
+        self._convolved = _FirstConv(self._first) if isinstance(self._first, Conv2d) else None
         self._membranes: list[Tensor] | None = None
         self._sum: Tensor | None = None
 
@@ -107,22 +137,24 @@ class Stream:
             UserError: The frame is not (B, C, H, W) or does not suit the network or the last one,
                 is not finite, the first one is None, or the model is in training mode.
         """
-        given = self._checked(x).contiguous(memory_format=torch.channels_last)
-        reused.layer, reused.last = self._first, self._convolved if x is None else None
-        try:
-            frame = self.model.frame(given, self.timesteps)
-            logits, membranes = run_step(
-                self.model, frame, list(self._layers.values()), self._membranes
-            )
-            self._convolved = reused.last
-        finally:
-            reused.layer = reused.last = None
+        image = self._checked(x)
+        if x is not None:
+            # A copy, since the caller may write the next frame into the same memory.
+            image = image.clone(memory_format=torch.channels_last)
+        frame, layers = self.model.frame(image, self.timesteps), list(self._layers.values())
+        logits, membranes = run_step(self._network(), frame, layers, self._membranes)
         wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
         # In float64, as losses.running_means.
         self._sum = wide.double() if self._sum is None else self._sum + wide.double()
-        self._input, self._membranes, self._shape = given, membranes, tuple(given.shape[1:])
+        self._input, self._membranes, self._shape = image, membranes, tuple(image.shape[1:])
         self.timesteps += 1
         return self._sum.to(wide.dtype) / self.timesteps
+
+    def _network(self) -> Any:
+        """Return the model as it is now, but with the stream's own first convolution."""
+        if self._convolved is None:
+            return self.model
+        return _with(cast(nn.Module, self.model), self._first_name.split("."), self._convolved)
 
     def _checked(self, x: Tensor | None) -> Tensor:
         if self.model.training:
@@ -177,9 +209,9 @@ class Stream:
         ]
         if self._input is not None:
             self._input = self._input[kept].contiguous(memory_format=torch.channels_last)
-            if self._convolved is not None:
-                convolved = self._convolved[1][:, kept]
-                self._convolved = (self.model.frame(self._input, self.timesteps), convolved)
+            if self._convolved is not None and self._convolved.result is not None:
+                self._convolved.input = self._input
+                self._convolved.result = self._convolved.result[:, kept]
 
     def state_dict(self) -> dict[str, Any]:
         """Return what `load_state_dict` continues from: timesteps, logits, membranes, shape."""

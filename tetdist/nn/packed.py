@@ -8,7 +8,6 @@ operations here keep the packed form and free the tensor itself; for a tensor wi
 torch's own.
 """
 
-import threading
 from typing import Any, NamedTuple
 
 import torch
@@ -108,27 +107,10 @@ def _version(x: Tensor) -> int:
     return 0 if x.is_inference() else x._version
 
 
-class Reused(threading.local):
-    """The convolution that returns its ``last`` output again for the same input, in each thread."""
-
-    layer: nn.Module | None = None
-    last: tuple[Tensor, Tensor] | None = None  # input and output
-
-
-reused = Reused()
-
-
 class Conv2d(nn.Conv2d):
     """A convolution of each timestep of (T, B, C, H, W)."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if reused.layer is not self:
-            return self._convolve(x)
-        if reused.last is None or x.data_ptr() != reused.last[0].data_ptr():
-            reused.last = (x, self._convolve(x))
-        return reused.last[1]
-
-    def _convolve(self, x: Tensor) -> Tensor:
         packed = packed_of(x)
         flat = x.flatten(0, 1)
         dtype = _compute_type(x)
