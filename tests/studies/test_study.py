@@ -393,7 +393,7 @@ OWN_TEACHER = {"teacher": "sdt", "overrides": TIMM}
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"config": "studies/ema_cifar10.yaml"}, ("ema_cifar10.yaml is a study; run it with `",)),
+        ({"config": "studies/init_cifar10.yaml"}, ("init_cifar10.yaml is a study; run it with `",)),
         ({"phases": [], "model": {}}, ("study.yaml is a configuration, not a study; train it",)),
         ({"sedes": [0]}, ("unknown key 'sedes'", "'seeds'")),
         ({"title": ...}, ("'title' is missing",)),
