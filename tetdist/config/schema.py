@@ -93,8 +93,7 @@ class RunConfig(Section):
     second or two."""
     reference: str | None = None
     """Name of a published ImageNet training to compare with, such as sew34. Metrics and plots show
-    its accuracy after the same number of images, and a run far below it logs a warning. An unknown
-    name's error lists all."""
+    its accuracy after the same number of images. An unknown name's error lists all."""
     evaluate_every: Positive = 1
     """Number of epochs between two evaluations; the last epoch is always evaluated."""
     init_checkpoint: str | None = None

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from typing_extensions import override
 
-from tetdist.apps.reports.reference import find_reference, is_imagenet
+from tetdist.apps.reports.reference import find_reference
 from tetdist.apps.reports.run_plots import RunPlots
 from tetdist.apps.reports.step_profile import StepProfile
 from tetdist.config.flags import import_flags
@@ -107,15 +107,14 @@ def _log_start(watched: Watched) -> None:
 
 
 class PublishedCurve(Observer):
-    """Add a published training's top-1 to evaluations, and warn if the run is far behind it."""
+    """Add a published training's top-1 to evaluations."""
 
     def __init__(self, watched: Watched) -> None:
-        run, config = watched.run, watched.run.config
+        config = watched.run.config
         assert config.reference is not None
         self.reference = find_reference(config.reference)
-        self.batch, self.samples = config.batch.global_, len(run.train)
-        self.warm_at = config.phases[0].warmup_epochs * run.steps_per_epoch
-        self.obstacle = self.reference.obstacle(len(run.train.classes))
+        self.batch = config.batch.global_
+        self.obstacle = self.reference.obstacle(len(watched.run.train.classes))
         if self.obstacle is not None:
             logger.info("reference: %s, so the run is not compared with it", self.obstacle)
 
@@ -123,8 +122,4 @@ class PublishedCurve(Observer):
     def on_evaluation(self, step: int, evaluated: Evaluated) -> Mapping[str, float]:
         if self.obstacle is not None or evaluated.kind == AVERAGE:
             return {}
-        images = step * self.batch
-        warning = self.reference.warning(evaluated.values["top1"], images)
-        if warning is not None and step > self.warm_at and is_imagenet(self.samples):
-            logger.warning(warning)
-        return self.reference.beside(images)
+        return self.reference.beside(step * self.batch)
