@@ -15,7 +15,7 @@ TORCH = https://download.pytorch.org/whl/$(if $(filter cpu,$(DALI)),cpu,cu126)
 RUN := runs/quickstart
 
 .DEFAULT_GOAL := help
-.PHONY: help venv quickstart test test-quick test-long test-slurm test-gpu docs lint constraints format clean
+.PHONY: help venv quickstart test test-quick test-long test-slurm test-gpu compare docs lint constraints format clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -112,6 +112,19 @@ test-slurm: $(VENV)/.tests ## run the longer tests on a Slurm cluster, which the
 
 test-gpu: $(VENV)/.tests ## run the tests that need a GPU
 	@$(BIN)/python -m pytest -m gpu $(PYTEST_FLAGS)
+
+FORTY := device=cpu max_steps=40 log_every=1 plots=false tracking.mlflow=false data.root=$(CURDIR)/data/digits
+compare: venv ## compare the quickstart's first losses and weights with a commit's: make compare BASE=COMMIT
+	@git rev-parse --quiet --verify '$(BASE)^{commit}' >/dev/null || \
+	  { echo "error: BASE=$(BASE) is not a commit; give one: make compare BASE=HEAD" >&2; exit 2; }
+	@$(BIN)/python tools/digits.py data/digits
+	@folder=$$(mktemp -d) && trap "git worktree remove --force $$folder/base; rm -r $$folder" EXIT && \
+	  git worktree add --quiet --detach $$folder/base $(BASE) && \
+	  for tree in $$folder/base $(CURDIR); do \
+	    echo "training 40 steps with $$tree" && cd $$tree && PYTHONPATH=$$tree $(abspath $(BIN))/python \
+	      tetdist/train.py --config quickstart.yaml $(FORTY) runs_dir=$$folder name=$$(basename $$tree)_run \
+	      >$$folder/log 2>&1 || { cat $$folder/log >&2; exit 2; }; done && \
+	  $(abspath $(BIN))/python tools/compare_runs.py $$folder/base_run $$folder/$(notdir $(CURDIR))_run
 
 docs: $(VENV)/.docs ## build the site of docs/ in site/; a broken link is an error
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
