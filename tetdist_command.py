@@ -5,7 +5,7 @@ errors before that, and set variables that torch reads at import; so it sets TET
 makes tetdist/__init__.py load nothing ahead. That is why this module is outside the package.
 """
 
-import atexit
+import contextlib
 import difflib
 import importlib
 import os
@@ -43,6 +43,61 @@ def main() -> int:
     return _answer_while_read(lambda: _main(*(sys.argv[1:] or ["--help"])))
 
 
+def run(name: str, arguments: list[str] | None = None) -> int:
+    """Run the command in tetdist/apps/cli/NAME.py with ``arguments``, or ``sys.argv``'s.
+
+    Returns:
+        Its exit status; 141, as a shell says it, when what reads its output has ended.
+    """
+    return _answer_while_read(lambda: _run(name, arguments))
+
+
+def _answer_while_read(command: Callable[[], int]) -> int:
+    """Carry out a command, and answer for its output: all that it prints passes through here.
+
+    A command whose output nobody reads any more, as with ``... | head``, ends silently.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            # It is closed, and the next file to be opened would get its number.
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), mode))
+    try:
+        try:
+            return command()
+        except KeyboardInterrupt:  # before the command itself answers
+            print("interrupted; nothing was written", file=sys.stderr)
+            return 130
+        finally:
+            # Python's own exit takes a second, in which Ctrl-C would print a traceback.
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+            # Python itself would do so later, where nobody could see that it fails.
+            sys.stdout.flush()
+    except OSError as error:
+        lost = [stream for stream in (sys.stdout, sys.stderr) if is_lost(stream)]
+        if not lost:
+            raise  # another pipe is broken, or another file cannot be written: that is a fault
+        for stream in lost:
+            with contextlib.suppress(OSError):
+                stream.close()  # else Python would try to write the rest at its end
+        if isinstance(error, BrokenPipeError):
+            return 128 + signal.SIGPIPE
+        if sys.stderr not in lost:
+            text = f"error: the output cannot be written ({error.strerror})"
+            print(f"{text}; free disk space, or redirect it to another place", file=sys.stderr)
+        return 2
+
+
+def is_lost(stream: TextIO) -> bool:
+    """Return whether a stream takes no output: its disk is full, or its reader has gone."""
+    try:
+        # Standard error keeps what it could not write, and fails again without more.
+        stream.write("" if stream is sys.stderr else "\n")
+        stream.flush()
+    except OSError:
+        return True
+    return False
+
+
 def _main(name: str, *arguments: str) -> int:
     name = name.replace("-", "_") if not name.startswith("-") else name
     if name in ("-h", "--help", "help"):
@@ -66,67 +121,6 @@ def _main(name: str, *arguments: str) -> int:
     return _run(name, list(arguments))
 
 
-def run(name: str, arguments: list[str] | None = None) -> int:
-    """Run the command in tetdist/apps/cli/NAME.py with ``arguments``, or ``sys.argv``'s.
-
-    Returns:
-        Its exit status; 141, as a shell says it, when what reads its output has ended.
-    """
-    return _answer_while_read(lambda: _run(name, arguments))
-
-
-def _answer_while_read(command: Callable[[], int]) -> int:
-    """Carry out a command, and answer for its output: all that it prints passes through here.
-
-    A command whose output nobody reads any more, as with ``... | head``, ends silently.
-    """
-    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
-        if getattr(sys, name) is None:
-            # It is closed, and the next file to be opened would get its number.
-            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), mode))
-    try:
-        try:
-            status = command()
-        except SystemExit as ended:  # argparse's, after --help as well
-            if isinstance(ended.code, str):
-                raise
-            status = ended.code or 0
-        except (KeyboardInterrupt, RuntimeError) as error:  # before the command itself answers
-            # Python 3.11 wraps a Ctrl-C that comes while a class is made.
-            if not isinstance(error.__cause__ or error, KeyboardInterrupt):
-                raise
-            print("interrupted; nothing was written", file=sys.stderr)
-            status = 130
-        # Python's own exit takes a second, in which Ctrl-C would print a traceback.
-        atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)
-        # Python itself would do so later, where nobody could see that it fails.
-        sys.stdout.flush()
-    except OSError as error:
-        lost = [stream for stream in (sys.stdout, sys.stderr) if is_lost(stream)]
-        if not lost:
-            raise  # another pipe is broken, or another file cannot be written: that is a fault
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        for stream in lost:
-            os.dup2(nowhere, stream.fileno())
-        if isinstance(error, BrokenPipeError):
-            return 128 + signal.SIGPIPE
-        reason = f"the output cannot be written ({error.strerror})"
-        print(f"error: {reason}; free disk space, or redirect it to another place", file=sys.stderr)
-        return 2
-    return status
-
-
-def is_lost(stream: TextIO) -> bool:
-    """Return whether a stream takes no output: its disk is full, or its reader has gone."""
-    try:
-        # Standard error keeps what it could not write, and fails again without more.
-        stream.write("" if stream is sys.stderr else "\n")
-        stream.flush()
-    except OSError:
-        return True
-    return False
-
-
 def _run(name: str, arguments: list[str] | None) -> int:
     os.environ["TETDIST_COMMAND"] = name
     # Threads that spin while they wait for each other take the cores from those that decode images;
@@ -134,9 +128,9 @@ def _run(name: str, arguments: list[str] | None) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # When a process has died, torch prints a C++ stack of each that notices; the watchdog names it.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    # In the background of a script the shell has Ctrl-C ignored, and what it starts inherits that.
-    # But whoever ends the script so, or sends SIGINT on purpose, means what the script has started,
-    # too, which would else go on at full load unseen. What is to stay can have a session (setsid).
+    # A shell starts a script's background commands with Ctrl-C ignored, and their children inherit
+    # that. But a SIGINT to the script is meant for this command, too, which would otherwise go on
+    # at full load, unseen. What is to go on can have a session of its own (setsid).
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     try:

@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -19,6 +20,14 @@ from tetdist.apps.cli.common import report_bad, run_command
 from tetdist.errors import typed
 
 FULL = Path("/dev/full")
+
+
+@pytest.fixture(autouse=True)
+def ctrl_c():
+    """Let Ctrl-C end the tests again, which a command ignores at its end."""
+    handler = signal.getsignal(signal.SIGINT)
+    yield
+    signal.signal(signal.SIGINT, handler)
 
 
 @pytest.mark.parametrize(
@@ -62,7 +71,7 @@ def test_output_that_is_full_is_one_sentence(length, run, monkeypatch, capsys):
     with FULL.open("w") as full:
         monkeypatch.setattr(sys, "stdout", full)
         assert tetdist_command._answer_while_read(lambda: run(lambda: print("x" * length))) == 2
-        full.flush()  # as Python does at its end
+        assert full.closed  # Python would flush it at its end
     text = "error: the output cannot be written (No space left on device); free disk space, or "
     assert capsys.readouterr().err.startswith(text)
     with FULL.open("w", buffering=1) as full:
@@ -84,7 +93,8 @@ def test_many_bad_files_are_counted_and_not_all_listed(capsys):
 
 @pytest.mark.parametrize("words", [["help"], ["list", "neurons"], ["help", "list"]])
 def test_what_is_asked_for_comes_first(words, capsys):
-    assert tetdist_command._answer_while_read(lambda: tetdist_command._main(*words)) == 0
+    with pytest.raises(SystemExit, match="0") if words[1:] == ["list"] else nullcontext():
+        assert tetdist_command._answer_while_read(lambda: tetdist_command._main(*words)) == 0
     assert words[-1] in capsys.readouterr().out.partition("\n")[0]
 
 
@@ -97,11 +107,6 @@ def test_output_that_is_closed_is_nowhere(monkeypatch):
         return int(sys.stdout.isatty()) + len(sys.stdin.read())
 
     assert tetdist_command._answer_while_read(command) == 0
-
-
-def test_ctrl_c_while_python_makes_a_class_is_no_fault():
-    part = type("Part", (), {"__set_name__": Mock(side_effect=KeyboardInterrupt)})
-    assert tetdist_command._answer_while_read(lambda: type("Made", (), {"part": part()})) == 130
 
 
 def test_another_pipe_that_breaks_is_a_fault(capsys):
