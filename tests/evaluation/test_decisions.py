@@ -39,15 +39,15 @@ def test_a_sample_is_decided_when_it_is_sure_enough(alone):
     )
     labels = torch.tensor([0, 1, 0, 1])
     found = decide(alone, (logits[:, :1], labels[:1]), (logits[:, 1:], labels[1:]))
-    curve = {point["threshold"]: point for point in found.early_exit()}
-    assert curve[0.5]["exits"] == [4, 0, 0]
-    assert curve[0.5]["top1"] == 50.0  # at t = 1 the third is taken for b, the fourth for a
-    assert curve[0.7]["exits"] == [1, 1, 2]
-    assert curve[0.7]["top1"] == 100.0
-    assert curve[0.7]["mean_timesteps"] == (1 + 2 + 3 + 3) / 4
-    assert curve[0.95]["exits"] == [1, 0, 3]
-    assert curve[0.999]["exits"] == [0, 0, 4]
-    assert curve[0.999]["top1"] == 100.0
+    curve = {point.threshold: point for point in found.early_exit()}
+    assert curve[0.5].exits == [4, 0, 0]
+    assert curve[0.5].top1 == 50.0  # at t = 1 the third is taken for b, the fourth for a
+    assert curve[0.7].exits == [1, 1, 2]
+    assert curve[0.7].top1 == 100.0
+    assert curve[0.7].mean_timesteps == (1 + 2 + 3 + 3) / 4
+    assert curve[0.95].exits == [1, 0, 3]
+    assert curve[0.999].exits == [0, 0, 4]
+    assert curve[0.999].top1 == 100.0
     assert list(curve) == list(THRESHOLDS)
 
 
@@ -106,9 +106,9 @@ def test_rates_of_early_exit_are_those_of_all_processes(monkeypatch):
     config = SimpleNamespace(precision="fp64", batch=SimpleNamespace(eval=2))
     parts = {"model": model, "world": world, "config": config, "index": None}
     found = early_exit.measure_exit(SimpleNamespace(**parts, alive=lambda: None), 0.7)
-    rates = found["images_per_s"], found["whole_pass_images_per_s"], found["ratio"]
+    rates = found.images_per_s, found.whole_pass_images_per_s, found.ratio
     assert rates == (6.0, 2.0, 3.0)
-    assert (found["top1"], found["mean_timesteps"], found["differing"]) == (100.0, 1.5, 0)
+    assert (found.top1, found.mean_timesteps, found.differing) == (100.0, 1.5, 0)
 
 
 def test_confusion_and_classes(alone):
@@ -120,11 +120,11 @@ def test_confusion_and_classes(alone):
     assert found.classes == ["a", "b", "output 2"]
     assert found.confusion.tolist() == [[2, 1, 1], [0, 1, 0], [0, 0, 0]]
     a, b, spare = found.per_class()
-    assert (a["samples"], a["recall"], a["precision"]) == (4, 50.0, 100.0)
-    assert (a["mistaken_for"], a["mistaken"]) == ("b", 1)
-    assert (b["samples"], b["recall"], b["precision"]) == (1, 100.0, 50.0)
-    assert (b["mistaken_for"], b["mistaken"]) == (None, 0)
-    assert (spare["samples"], spare["recall"], spare["precision"]) == (0, None, 0.0)
+    assert (a.samples, a.recall, a.precision) == (4, 50.0, 100.0)
+    assert (a.mistaken_for, a.mistaken) == ("b", 1)
+    assert (b.samples, b.recall, b.precision) == (1, 100.0, 50.0)
+    assert (b.mistaken_for, b.mistaken) == (None, 0)
+    assert (spare.samples, spare.recall, spare.precision) == (0, None, 0.0)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
@@ -149,8 +149,8 @@ def test_of_equal_logits_the_first_class_is_ahead():
     decisions = Decisions([str(i) for i in range(12)], 12, 2, torch.device("cpu"))
     decisions.add(logits, labels)
     points = decisions.early_exit()
-    never = next(point for point in points if point["mean_timesteps"] == 2)
-    assert never["top1"] == 100 * counts[0, -1].item() / 500
+    never = next(point for point in points if point.mean_timesteps == 2)
+    assert never.top1 == 100 * counts[0, -1].item() / 500
 
 
 def test_what_is_not_a_number_is_never_right():
@@ -161,5 +161,5 @@ def test_what_is_not_a_number_is_never_right():
     assert counts[:2].tolist() == [[0.0], [1.0]]  # the second sample's class is behind the one
     found = Decisions([str(i) for i in range(6)], 6, 1, torch.device("cpu"))
     found.add(logits, labels)
-    assert [point["top1"] for point in found.early_exit()] == [0.0] * len(THRESHOLDS)
-    assert [row["recall"] for row in found.per_class()[:3:2]] == [0.0, 0.0]
+    assert [point.top1 for point in found.early_exit()] == [0.0] * len(THRESHOLDS)
+    assert [row.recall for row in found.per_class()[:3:2]] == [0.0, 0.0]

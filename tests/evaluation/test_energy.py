@@ -7,9 +7,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tetdist.apps.weights.evaluated import energy_constants
 from tetdist.errors import UserError
-from tetdist.evaluation.energy import EnergySection, Estimator, estimate
+from tetdist.evaluation.energy import EnergySection, Estimator, read_constants
 from tetdist.evaluation.operations import LayerOperations, OperationCounts, Operations
 from tetdist.nn.neurons import LIF
 from tetdist.nn.norm_neuron import Neuron
@@ -34,7 +33,7 @@ def test_a_network_counted_by_hand(alone):
     model = ByHand().eval()
     with OperationCounts(model) as counts, torch.no_grad():
         model(0.3 * torch.ones(5, 2, 4, 4))
-    found = estimate(counts.total(alone, 5), 2, EnergySection())
+    found = Estimator(EnergySection(), 2, counts.total(alone, 5)).as_json()
     assert found["activation_bits"] == 2  # 0 to 2 spikes
     conv, fc = found["layers"]["conv"], found["layers"]["fc"]
     # 2 channels to 4 of 4x4 positions: 9 neighbours, less those beyond the borders. Once for both
@@ -165,10 +164,10 @@ def test_neurons_that_fire_several_times_and_attention():
 def test_constants_of_a_file(tmp_path):
     file = tmp_path / "constants"
     file.write_text(json.dumps({"weight_bit": 20.3, "hops": 0}))
-    constants = energy_constants(file)
+    constants = read_constants(file)
     assert constants == EnergySection(weight_bit=20.3, hops=0.0)
     assert constants.model_fields_set == {"weight_bit", "hops"}
-    assert energy_constants(None) == EnergySection()
+    assert read_constants(None) == EnergySection()
     for text, problem in {
         "hop: 1": "unknown key 'hop'; did you mean 'hops'?",
         "compare: -1": "'compare': must be 0 or more, not -1",
@@ -176,4 +175,4 @@ def test_constants_of_a_file(tmp_path):
     }.items():
         file.write_text(text)
         with pytest.raises(UserError, match=problem.replace("?", r"\?")):
-            energy_constants(file)
+            read_constants(file)

@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ from tetdist.apps.weights.integers import convert
 from tetdist.apps.weights.trained import load
 from tetdist.datasets.index import index_splits
 from tetdist.evaluation import early_exit
+from tetdist.evaluation.early_exit import ChosenExit, ExitChoice
+from tetdist.evaluation.results import EvalResult
 
 NUM_SAMPLES = sum(tiny.VAL_SIZES)
 
@@ -39,6 +42,17 @@ def run(farm: Farm, tiny_root: Path, tmp_path_factory: pytest.TempPathFactory) -
 def evaluate(output_of: Callable[..., str]) -> Callable[..., str]:
     """Runs the tool in this process, which succeeds: its output."""
     return partial(output_of, "eval", "--execution", "reference", "--device", "cpu")
+
+
+@pytest.fixture
+def results(monkeypatch: pytest.MonkeyPatch) -> list[EvalResult]:
+    """What the tool shows, one after the other."""
+    shown: list[EvalResult] = []
+    as_text = evaluation_page.as_text
+    monkeypatch.setattr(
+        evaluation_page, "as_text", lambda result: shown.append(result) or as_text(result)
+    )
+    return shown
 
 
 @pytest.fixture
@@ -142,7 +156,7 @@ def test_numbers_are_those_of_plain_torch(run, tiny_root, evaluate, tmp_path):
         assert result[key] == pytest.approx(last[key], rel=1e-6), key
 
 
-def test_what_is_decided_and_what_it_takes(run, evaluate, tmp_path):
+def test_what_is_decided_and_what_it_takes(run, evaluate, results, tmp_path):
     """At the T of training, 3, though the table of T goes beyond; or at the one T that is given."""
     by_timesteps = {}
     for timesteps in ("2", "4", "5,1", "3", "1-3,5"):
@@ -189,13 +203,13 @@ def test_what_is_decided_and_what_it_takes(run, evaluate, tmp_path):
     summary = f"top-1 {found['top1']:.2f} %, {summary}"
     assert "top-5" not in out
     assert summary in out
-    assert summary in evaluation_page.html_page(found)
+    assert summary in evaluation_page.html_page(results[-1])
     axis = style.new_figure(4, 4).subplots()
-    evaluation_page._draw_exits(found, axis)
+    evaluation_page._draw_exits(results[-1], axis)
     assert axis.get_lines()[1].get_xdata()[-1] == 3
 
 
-def test_report(run, evaluate, tmp_path):
+def test_report(run, evaluate, results, tmp_path):
     page, constants = tmp_path / "page.html", tmp_path / "constants.yaml"
     constants.write_text("hops: 0.5\nweight_fetches: sample\n")
     options = ("--report", page, "--json", tmp_path / "e.json", "--energy", constants)
@@ -218,23 +232,22 @@ def test_report(run, evaluate, tmp_path):
     assert not any(word in text for word in ("http", "<script", "<link", "@import", "url("))
     written = {path.name for path in tmp_path.iterdir()} - {constants.name}
     assert written == {"e.json", "page.html"}
-    found["per_class"][0]["class"] = found["classes"][0] = "<script>alert(1)</script>"
-    assert "<script" not in evaluation_page.html_page(found)
+    named = replace(results[0].per_class[0], name="<script>alert(1)</script>")
+    result = replace(results[0], classes=[named.name] * 4, per_class=[named])
+    assert "&lt;script" in evaluation_page.html_page(result)
+    assert "<script" not in evaluation_page.html_page(result)
 
 
 def test_what_samples_exclude_depends_on_the_losses_among_them():
     """Up to Clopper and Pearson's bounds of 2, 5, 20 and 11 losses, of one side and 90 %."""
-    point = {"top1": 97.0, "mean_timesteps": 1.5}
     for threshold, samples, top1, lost, within, words in (
-        (0.9, 400, 99, 1, 0.5, " became wrong, and up to 2 may, so only losses above 1.33 points "),
-        (0.9, 1000, 99, 5, 0.4, "5 of the 1,000 became wrong, so only losses above 0.925 points "),
-        (0.9, 4000, None, 7, 0.5, "and up to 20 may, so only changes of more than 0.676 % can be "),
-        (0.3, 4000, None, 11, 2, "11 of the 4,000 changed, so only changes of more than 0.415 % "),
+        (0.9, 400, 99, 1, 0.5, " became wrong, and up to 2 may. Elsewhere up to 1.33 % may become"),
+        (0.9, 1000, 99, 5, 0.4, "5 of the 1,000 became wrong. Elsewhere up to 0.925 % may become "),
+        (0.9, 4000, None, 7, 0.5, "and up to 20 may. Elsewhere up to 0.676 % may change (90 % "),
+        (0.3, 4000, None, 11, 2, "11 of the 4,000 changed. Elsewhere up to 0.415 % may change (90"),
     ):
-        on = {"samples": samples, "top1": top1, "lost": lost}
-        chosen = point | {"threshold": threshold, "within": within, "chosen_on": on}
-        found = {"split": "val", "top1": 98.0}
-        assert words in evaluation_page._of_chosen_exit(chosen, found)
+        chosen = ChosenExit(ExitChoice(within, threshold, samples, top1, lost), 97.0, 1.5)
+        assert words in evaluation_page._of_chosen_exit(chosen, "val", 98.0)
 
 
 def test_a_threshold_of_early_exit_is_chosen_on_what_was_held_out(
@@ -252,7 +265,7 @@ def test_a_threshold_of_early_exit_is_chosen_on_what_was_held_out(
         assert f"loses at most {within} points on {held} held-out training samples. On val" in out
         row = rf"\n *{chosen['threshold']:.4g} \(chosen\) +{chosen['top1']:.2f} "
         assert re.search(row, out)
-        assert ("; to exclude 5 points, hold out at least 45" in out) == (within == 5)
+        assert ("; to show at most 5 %, choose on at least 45" in out) == (within == 5)
         assert f"at T = {chosen['mean_timesteps']:.3f} on average" in out
         # It is chosen on other samples than it is judged by, and the run saw them as these.
         own = tiny.metrics(trained, "val")[-1]
@@ -298,7 +311,7 @@ def test_a_threshold_of_early_exit_is_chosen_on_what_was_held_out(
         there = ("--exit-within", 0, "--exit-on", tiny_root / split)
         out = evaluate("--checkpoint", run, "--json", file, *there)
         assert f'"warning": "--exit-on {words}' in file.read_text()
-        assert f" changed; warning: --exit-on {words}" in out
+        assert f" changed. Warning: --exit-on {words}" in out
     page = tmp_path / "page.html"
     evaluate("--checkpoint", trained, "--exit-within", 5, "--report", page)
     assert f"on {held} held-out training samples" in page.read_text()

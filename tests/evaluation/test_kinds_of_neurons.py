@@ -13,6 +13,7 @@ from tetdist.apps.reports.evaluation_page import as_text, html_page
 from tetdist.data.loader import Batch
 from tetdist.errors import UserError
 from tetdist.evaluation.evaluate import Evaluator, evaluate
+from tetdist.evaluation.results import Subject
 from tetdist.evaluation.suite import run_suite
 from tetdist.nn import neurons
 from tetdist.nn.neurons import LIF
@@ -67,20 +68,15 @@ def evaluator_of(model, world):
     return OneBatch(model, config, index, world, lambda: None, batch)
 
 
-ABOUT = {
-    "checkpoint": "x",
-    "model": "m",
-    "step": 1,
-    "split": "val",
-    "trained_timesteps": 4,
-    "reported_timesteps": [2, 4],
-}
+def subject(trained, reported):
+    at = {"trained_timesteps": trained, "reported_timesteps": reported}
+    return Subject(checkpoint="x", model="m", step=1, split="val", **at)
 
 
 def test_what_is_not_causal_is_evaluated_at_each_t_by_itself(alone):
     model = small({"kind": "ahead"})
     evaluator = evaluator_of(model, alone)
-    found = run_suite(evaluator, timesteps=[1, 2, 4], headline=2)
+    result = run_suite(evaluator, subject(2, [1, 2, 4]))
     images, labels = evaluator.batch.images, torch.arange(24) % 4
     losses = []
     with torch.no_grad():
@@ -88,16 +84,15 @@ def test_what_is_not_causal_is_evaluated_at_each_t_by_itself(alone):
             model.set_timesteps(t)
             losses.append(torch.nn.functional.cross_entropy(model(images), labels).item())
         first_two = model(images, per_timestep=True)[:2].mean(0)
-    got = found["per_timestep_loss"]
+    got = result.evaluation.per_timestep_loss
     assert [got[0], got[1], got[3]] == pytest.approx(losses)
     assert got[2] is None
     # One pass at the largest T would give another result.
     other = torch.nn.functional.cross_entropy(first_two, labels).item()
     assert abs(other - losses[1]) > 1e-3
-    assert (found["timesteps"], found["loss"]) == (2, got[1])
-    assert found["early_exit"] is None
-    about = ABOUT | {"reported_timesteps": [1, 2, 4]}
-    for text in (as_text(about | found), html_page(about | found)):
+    assert (result.evaluation.timesteps, result.evaluation.loss) == (2, got[1])
+    assert result.early_exit is None
+    for text in (as_text(result), html_page(result)):
         assert "the network is not causal" in text
 
 
@@ -121,18 +116,17 @@ class Outside(torch.nn.Module):
 def test_of_a_network_from_outside_all_but_what_is_known_of_ours_is_reported(alone):
     model = Outside()
     evaluator = evaluator_of(model, alone)
-    found = run_suite(evaluator, timesteps=[3])
+    result = run_suite(evaluator, subject(3, [1, 3]))
     with torch.no_grad():
         logits = model(evaluator.batch.images, per_timestep=True)
     right = (logits.mean(0).argmax(-1) == evaluator.batch.labels).double().mean()
-    assert found["top1"] == pytest.approx(100 * float(right))
-    assert (found["operations"], found["firing_rate"]) == (None, {})
-    about = ABOUT | {"reported_timesteps": [1, 3]}
-    for text in (as_text(about | found), html_page(about | found)):
+    assert result.evaluation.top1 == pytest.approx(100 * float(right))
+    assert (result.operations, result.evaluation.firing_rate) == (None, {})
+    for text in (as_text(result), html_page(result)):
         assert "operations are only counted for" in text
     model.forward = lambda x, **_: torch.zeros(len(x), 4)
     with pytest.raises(UserError, match=r"returned \(24, 4\) .* must return logits \(3, 24, cl"):
-        run_suite(evaluator, timesteps=[3])
+        run_suite(evaluator, subject(3, [3]))
 
 
 def test_a_training_says_of_what_is_not_causal_only_the_whole(alone):

@@ -19,8 +19,8 @@ from tiny import expect, refused
 from tetdist.apps.events.binning import Binning, bin_events
 from tetdist.apps.events.recording import Events, Sensor
 from tetdist.apps.events.simulate import DEFAULT_SENSOR
-from tetdist.apps.weights.evaluated import other_binning
 from tetdist.apps.weights.trained import load
+from tetdist.datasets.recorded_split import other_binning
 from tetdist.models.streaming import Stream
 from tetdist.storage import checkpoint
 

@@ -1,5 +1,6 @@
 """The record of a split in its data root: its name, and the recording of each sample."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,9 @@ def description(root: str | Path) -> dict[str, Any] | None:
     if not file.is_file():
         return None
     try:
-        found = parse_json(file.read_text(encoding="utf-8"))
-        if isinstance(found, dict) and isinstance(found["split"], str):
-            return found
+        record = parse_json(file.read_text(encoding="utf-8"))
+        if isinstance(record, dict) and isinstance(record["split"], str):
+            return record
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{file} is damaged ({error!r}): make the split again") from error
     raise UserError(f"{file} names no split: make the split again")
@@ -43,12 +44,31 @@ def recordings_of(root: str | Path) -> dict[str, str] | None:
 
 def recorded_split(root: str | Path) -> str | None:
     """Return the name of the split in a data root's dataset.json; None if there is none."""
-    found = description(root)
-    return found["split"] if found else None
+    record = description(root)
+    return record["split"] if record else None
 
 
 def binning(root: str | Path) -> dict[str, Any] | None:
     """Return the parameters with which a data root's events were binned; None: unknown."""
-    found = description(root) or {}
-    sensor = {"sensor": found["sensor"]} if "sensor" in found else {}
-    return found["parameters"] | sensor if "parameters" in found else None
+    record = description(root) or {}
+    sensor = {"sensor": record["sensor"]} if "sensor" in record else {}
+    return record["parameters"] | sensor if "parameters" in record else None
+
+
+def other_binning(trained: Mapping[str, Any], root: str) -> str | None:
+    """Return a warning if the data's events were binned otherwise than the training's."""
+    here = binning(root) or trained
+    was, now = (dict(one, size=one.get("size") or one.get("sensor")) for one in (trained, here))
+    keys = ["values", "bins", "resize", "size"]
+    if was.get("bins") in ("count", "time"):  # windows of a fixed size do not depend on T
+        keys.append("timesteps")
+    differ = [key for key in keys if was.get(key) != now.get(key)]
+    if not differ:
+        return None
+    here_with, trained_with = (
+        " ".join(f"--{key} {parameters.get(key)}" for key in differ) for parameters in (now, was)
+    )
+    return (
+        f"the events of {root} were binned with {here_with}, but those of the training with "
+        f"{trained_with}: the accuracy may be far too low; bin as for the training"
+    )

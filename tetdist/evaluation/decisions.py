@@ -3,6 +3,7 @@ have decided."""
 
 import math
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -13,6 +14,38 @@ from tetdist.losses import running_means
 
 # Early-exit thresholds: the softmax probability of the time-mean that decides a sample.
 THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 0.999)
+
+
+@dataclass(frozen=True)
+class ExitPoint:
+    """Early exit at a threshold: top-1 (percent), mean timesteps of a sample, exits at each t."""
+
+    threshold: float
+    top1: float
+    mean_timesteps: float
+    exits: list[int]
+
+
+@dataclass(frozen=True)
+class ClassScores:
+    """Decisions on the samples of a class.
+
+    Attributes:
+        recall: Percent of its samples that are decided so, None without samples.
+        precision: Percent of these decisions that are right, None without any.
+        mistaken_for, mistaken: The most frequent wrong class, None without errors; how often.
+    """
+
+    name: str
+    samples: int
+    recall: float | None
+    precision: float | None
+    mistaken_for: str | None
+    mistaken: int
+
+    def as_json(self) -> dict[str, Any]:
+        values = asdict(self)
+        return {"class": values.pop("name"), **values}
 
 
 class Decisions:
@@ -73,42 +106,55 @@ class Decisions:
             summed = torch.tensor(world.sum(counts.flatten().tolist()), dtype=torch.float64)
             counts.copy_(summed.view_as(counts))
 
-    def per_class(self) -> list[dict[str, Any]]:
-        """Return a row for each class: samples, recall and precision (percent), `mistaken_for`.
-
-        Recall is the class's accuracy, None without samples. Precision is None if the class was
-        never predicted, and ``mistaken_for``, the most frequent wrong class, is None without
-        errors.
-        """
+    def per_class(self) -> list[ClassScores]:
         predicted, rows = self.confusion.sum(0).tolist(), []
         for k, (name, row) in enumerate(zip(self.classes, self.confusion.tolist(), strict=True)):
             samples, right = sum(row), row[k]
             wrong = [*row[:k], 0, *row[k + 1 :]]
             most = max(wrong)
             rows.append(
-                {
-                    "class": name,
-                    "samples": samples,
-                    "recall": 100 * right / samples if samples else None,
-                    "precision": 100 * right / predicted[k] if predicted[k] else None,
-                    "mistaken_for": self.classes[wrong.index(most)] if most else None,
-                    "mistaken": most,
-                }
+                ClassScores(
+                    name,
+                    samples,
+                    recall=100 * right / samples if samples else None,
+                    precision=100 * right / predicted[k] if predicted[k] else None,
+                    mistaken_for=self.classes[wrong.index(most)] if most else None,
+                    mistaken=most,
+                )
             )
         return rows
 
-    def early_exit(self) -> list[dict[str, Any]]:
-        """Return a point for each threshold: top-1 (percent), mean timesteps of a sample, exits."""
+    def early_exit(self) -> list[ExitPoint]:
         counts = zip(self.thresholds, self.exits.tolist(), self.exit_correct.tolist(), strict=True)
         return [
-            {
-                "threshold": threshold,
-                "top1": 100 * right / sum(exits),
-                "mean_timesteps": sum(t * n for t, n in enumerate(exits, start=1)) / sum(exits),
-                "exits": exits,
-            }
+            ExitPoint(
+                threshold,
+                top1=100 * right / sum(exits),
+                mean_timesteps=sum(t * n for t, n in enumerate(exits, start=1)) / sum(exits),
+                exits=exits,
+            )
             for threshold, exits, right in counts
         ]
+
+
+class DecidedClasses:
+    """Classes that a network decides on at T, of this process's samples in their order."""
+
+    def __init__(self) -> None:
+        self._batches: list[Tensor] = []
+
+    def add(self, logits: Tensor, _labels: Tensor) -> None:
+        self._batches.append(decided(logits))
+
+    def differing(self, other: "DecidedClasses") -> int:
+        """Return how many samples another network decides otherwise."""
+        pairs = zip(self._batches, other._batches, strict=True)
+        return sum(int((mine != others).sum()) for mine, others in pairs)
+
+
+def decided(logits: Tensor) -> Tensor:
+    """Return the classes, (B,), that logits (T, B, K) decide on at T."""
+    return running_means(logits)[-1].argmax(-1)
 
 
 def first_sure(confidence: Tensor, thresholds: Tensor | float) -> Tensor:

@@ -1,14 +1,15 @@
-"""Early exit: a threshold chosen on some samples, and what it saves in seconds."""
+"""Early exit: a threshold chosen on some samples, what these say of others, and what it saves."""
 
 import math
 import time
+from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from tetdist.data.build import eval_loader
-from tetdist.evaluation.decisions import Decisions, first_sure
+from tetdist.evaluation.decisions import Decisions, decided, first_sure
 from tetdist.evaluation.evaluate import Evaluator
 from tetdist.losses import running_means
 from tetdist.models import SpikingNetwork
@@ -18,6 +19,7 @@ from tetdist.nn.precision import autocast, parameter_type
 FINE_THRESHOLDS = (*(round(1 - 0.7 * 0.9**k, 6) for k in range(90)), math.inf)
 # Rounding may move a confidence this close to the threshold to its other side.
 NEAR = 1e-5
+DOUBT = 0.1  # probability that what early exit promises, by its samples, is wrong
 
 
 class ExitChoice(NamedTuple):
@@ -28,6 +30,83 @@ class ExitChoice(NamedTuple):
     samples: int  # on which it was chosen
     top1: float | None  # of these samples at T, in percent; None: they have no labels
     lost: int  # of these samples: right at T, but wrong with early exit
+    warning: str | None = None  # why these samples say little of others
+
+    @property
+    def most_lost(self) -> int:
+        """Number of these samples that the choice may lose.
+
+        Unless the threshold is the lowest candidate, they also chose it, by this limit.
+        """
+        if self.threshold == FINE_THRESHOLDS[0]:
+            return self.lost
+        return max(self.lost, int(self.within * self.samples // 100))
+
+    @property
+    def loss_bound(self) -> float:
+        """Percent of other samples that are not lost but for `DOUBT`.
+
+        This is Clopper and Pearson's one-sided bound.
+        """
+        from scipy.special import betaincinv
+
+        kept = self.samples - self.most_lost
+        return float(100 * betaincinv(self.most_lost + 1, kept, 1 - DOUBT)) if kept > 0 else 100.0
+
+    @property
+    def samples_needed(self) -> int:
+        """Number of samples that bound the loss by ``within`` if none is lost; 0: no bound."""
+        if not 0 < self.within < 100:
+            return 0
+        return math.ceil(math.log(DOUBT, 1 - self.within / 100))
+
+
+@dataclass(frozen=True)
+class ChosenExit:
+    """A chosen threshold and its effect on the evaluated samples."""
+
+    choice: ExitChoice
+    top1: float
+    mean_timesteps: float
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the choice and its effect; threshold None: no early exit."""
+        choice = self.choice
+        on = {"samples": choice.samples, "top1": choice.top1, "lost": choice.lost}
+        warning = {"warning": choice.warning} if choice.warning else {}
+        return {
+            "within": choice.within,
+            "chosen_on": on | warning,
+            "threshold": None if math.isinf(choice.threshold) else choice.threshold,
+            "top1": self.top1,
+            "mean_timesteps": self.mean_timesteps,
+        }
+
+
+@dataclass(frozen=True)
+class MeasuredExit:
+    """Early exit by stream beside whole passes.
+
+    Attributes:
+        ratio: Speed of the stream over that of whole passes.
+        top1, mean_timesteps: Accuracy in percent and average T of the stream.
+        differing, near: Decisions unlike the whole pass's; those of them with a confidence within
+            `NEAR` of the threshold.
+    """
+
+    images_per_s: float
+    whole_pass_images_per_s: float
+    ratio: float
+    top1: float
+    mean_timesteps: float
+    differing: int
+    near: int
+    batch: int
+    threads: int
+
+    def as_json(self) -> dict[str, Any]:
+        values = asdict(self)
+        return values | {"differing_within_1e-5": values.pop("near")}
 
 
 def choose_exit(evaluator: Evaluator, timesteps: int, within: float) -> ExitChoice:
@@ -44,17 +123,17 @@ def choose_exit(evaluator: Evaluator, timesteps: int, within: float) -> ExitChoi
     """
     model, world, classes = evaluator.model, evaluator.world, evaluator.index.classes
     model.set_timesteps(timesteps)
-    found = Decisions(classes, model.num_classes, timesteps, world.device, FINE_THRESHOLDS)
+    decisions = Decisions(classes, model.num_classes, timesteps, world.device, FINE_THRESHOLDS)
 
     def count(logits: Tensor, labels: Tensor) -> None:
-        found.add(logits, labels if classes else running_means(logits)[-1].argmax(-1))
+        decisions.add(logits, labels if classes else decided(logits))
 
     result = evaluator.run("choose a threshold", also=count)
-    found.gather(world)
-    lost = found.confusion.trace() - found.exit_correct
+    decisions.gather(world)
+    lost = decisions.confusion.trace() - decisions.exit_correct
     cheap = 100 * lost.double() <= within * result.samples
     place = len(cheap) - int(cheap.flip(0).long().cumprod(0).sum())
-    top1, spoilt = result.top1 if classes else None, int(found.exit_spoilt[place])
+    top1, spoilt = result.top1 if classes else None, int(decisions.exit_spoilt[place])
     return ExitChoice(within, FINE_THRESHOLDS[place], result.samples, top1, spoilt)
 
 
@@ -86,8 +165,8 @@ def decide(model: SpikingNetwork, images: Tensor, threshold: float) -> tuple[Ten
 
 
 @torch.no_grad()
-def measure_exit(evaluator: Evaluator, threshold: float) -> dict[str, Any]:
-    """Decide a split by stream and by whole passes, in turns, and time both, ready for JSON.
+def measure_exit(evaluator: Evaluator, threshold: float) -> MeasuredExit:
+    """Decide a split by stream and by whole passes, in turns, and time both.
 
     Loading is not timed. The first batch runs once more before it is timed.
 
@@ -115,21 +194,21 @@ def measure_exit(evaluator: Evaluator, threshold: float) -> dict[str, Any]:
             differs = (exits != first + 1) | (classes != whole_classes)
             near = ((confidence - threshold).abs() <= NEAR).any(0)
             right = classes == torch.as_tensor(batch.labels)
-            counts = [int(one.sum()) for one in (right, exits, differs, differs & near)]
+            counts = [int(kind.sum()) for kind in (right, exits, differs, differs & near)]
             sums += torch.tensor(
                 [len(right), times[1] - times[0], times[2] - times[1], *counts],
                 dtype=torch.float64,
             )
             evaluator.alive()
     samples, streaming, passing, hits, spent, different, close = world.sum(sums.tolist())
-    return {
-        "images_per_s": samples / streaming * world.world_size,
-        "whole_pass_images_per_s": samples / passing * world.world_size,
-        "ratio": passing / streaming,
-        "top1": 100 * hits / samples,
-        "mean_timesteps": spent / samples,
-        "differing": int(different),
-        "differing_within_1e-5": int(close),
-        "batch": evaluator.config.batch.eval,
-        "threads": torch.get_num_threads(),
-    }
+    return MeasuredExit(
+        images_per_s=samples / streaming * world.world_size,
+        whole_pass_images_per_s=samples / passing * world.world_size,
+        ratio=passing / streaming,
+        top1=100 * hits / samples,
+        mean_timesteps=spent / samples,
+        differing=int(different),
+        near=int(close),
+        batch=evaluator.config.batch.eval,
+        threads=torch.get_num_threads(),
+    )

@@ -10,11 +10,14 @@ Both networks have the same synapses; `ASSUMPTIONS` has the ReLU network's bits,
 """
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import Field
 
 from tetdist.config.fields import Section
+from tetdist.config.messages import checked
+from tetdist.config.yaml_files import read_yaml
 from tetdist.evaluation.operations import LayerOperations, Operations
 
 Bits = Annotated[int, Field(ge=1, le=64)]
@@ -194,33 +197,46 @@ class Estimator:
             low, high = (middle, high) if wins(middle) == first else (low, middle)
         return low, first
 
+    def uses(self) -> dict[str, Use]:
+        """Return the use of either network; ``bitmaps`` is the spiking one if it sends these."""
+        spiking, bitmaps = self.spiking(), self.spiking(bitmaps=True)
+        return {"spiking": spiking, "bitmaps": bitmaps, "relu": self.relu()}
+
+    def arithmetic_only(self) -> dict[str, float]:
+        """Return the energy of 32-bit arithmetic in picojoules, by network."""
+        c, operations = self.constants, self.operations
+        multiplied = c.fp32_multiply_accumulate * operations.multiply_accumulates
+        return {
+            "spiking": c.fp32_accumulate * operations.accumulates + multiplied,
+            "relu": c.fp32_multiply_accumulate * operations.relu_multiply_accumulates,
+        }
+
     def as_dict(self) -> dict[str, Any]:
         """Return the use and energy of both networks, ready for JSON."""
-        c, of, (rate, below) = self.constants, self.operations, self.break_even()
-        uses = {"spiking": self.spiking(), "bitmaps": self.spiking(bitmaps=True)}
-        uses["relu"] = self.relu()
-        multiplied = c.fp32_multiply_accumulate * of.multiply_accumulates
+        rate, below = self.break_even()
+        uses = self.uses().items()
         return {
             "spike_rate": self.spike_rate,
             "break_even_rate": rate,
             "wins_below": below,
-            **{name: use._asdict() | {"pj": use.pj(c)} for name, use in uses.items()},
-            "arithmetic_only_pj": {
-                "spiking": c.fp32_accumulate * of.accumulates + multiplied,
-                "relu": c.fp32_multiply_accumulate * of.relu_multiply_accumulates,
-            },
+            **{name: use._asdict() | {"pj": use.pj(self.constants)} for name, use in uses},
+            "arithmetic_only_pj": self.arithmetic_only(),
+        }
+
+    def as_json(self) -> dict[str, Any]:
+        """Return `as_dict` of all layers together and of each, with the assumptions."""
+        layers, most = self.operations.layers, self.operations.most_spikes
+        alone = {name: Operations({name: layer}, most) for name, layer in layers.items()}
+        return {
+            **self.as_dict(),
+            "activation_bits": self.activation_bits,
+            "constants": self.constants.model_dump(),
+            "changed": sorted(self.constants.model_fields_set),
+            "assumptions": list(ASSUMPTIONS),
+            "layers": {name: replace(self, operations=a).as_dict() for name, a in alone.items()},
         }
 
 
-def estimate(operations: Operations, timesteps: int, constants: EnergySection) -> dict[str, Any]:
-    """Return the energy at T of counted operations, also of each layer, ready for JSON."""
-    of, most = Estimator(constants, timesteps, operations), operations.most_spikes
-    alone = {name: Operations({name: layer}, most) for name, layer in operations.layers.items()}
-    return {
-        **of.as_dict(),
-        "activation_bits": of.activation_bits,
-        "constants": constants.model_dump(),
-        "changed": sorted(constants.model_fields_set),
-        "assumptions": list(ASSUMPTIONS),
-        "layers": {name: replace(of, operations=one).as_dict() for name, one in alone.items()},
-    }
+def read_constants(file: Path | None) -> EnergySection:
+    """Return the constants and assumptions of the estimate, some of them changed by a file."""
+    return checked(EnergySection, read_yaml(file) if file else {}, f"--energy {file}")

@@ -50,9 +50,9 @@ class Evaluation:
     top1: float
     top5: float
     loss: float
-    per_timestep_top1: list[float]
-    per_timestep_top5: list[float]
-    per_timestep_loss: list[float]
+    per_timestep_top1: list[float | None]
+    per_timestep_top5: list[float | None]
+    per_timestep_loss: list[float | None]
     firing_rate: dict[str, float]
 
 

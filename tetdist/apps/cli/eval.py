@@ -11,13 +11,13 @@ the deepspeed launcher or torchrun.
 import argparse
 import logging
 import os
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tetdist.apps.cli.common import add_checkpoint, add_local_rank, program, run_command
-from tetdist.config.flags import MOST_TIMESTEPS, Parser, add_import, positive
+from tetdist.config.flags import MOST_THREADS, MOST_TIMESTEPS, Parser, add_import, positive
 from tetdist.config.yaml_files import read_yaml
 from tetdist.errors import UserError
 from tetdist.storage import files, hub
@@ -25,8 +25,13 @@ from tetdist.storage import files, hub
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from tetdist.apps.weights.evaluated import Opened
+    from tetdist.config.schema import RunConfig
+    from tetdist.datasets.index import Index
     from tetdist.distributed.world import World
+    from tetdist.evaluation.energy import EnergySection
+    from tetdist.evaluation.evaluate import Also, Evaluator
+    from tetdist.evaluation.results import EvalResult, Subject
+    from tetdist.storage.checkpoint import Description
 
 HANGS_AFTER = 600  # seconds without progress after which a process counts as hanging
 
@@ -68,50 +73,51 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(prog=program("eval"), description="Evaluate a checkpoint.")
     add = parser.add_argument
     add_checkpoint(parser)
-    given = "use the best checkpoint of a run folder (it was chosen on the validation split)"
-    add("--best", action="store_true", help=given)
-    given = "use the moving average of the weights, if the run has one; with --best, the best one"
-    add("--ema", action="store_true", help=given)
+    text = "use the best checkpoint of a run folder (it was chosen on the validation split)"
+    add("--best", action="store_true", help=text)
+    text = "use the moving average of the weights, if the run has one; with --best, the best one"
+    add("--ema", action="store_true", help=text)
     add("--data", metavar="ROOT", help="folder that holds val/; default: training's")
     add("--index", metavar="DIR", help="folder of the index; default: ROOT/index")
-    given = "split to evaluate (default: val, or without one the samples that the run held out)"
-    add("--split", help=given)
-    given = """report top-1, top-5 and loss at these T, which may exceed the T of training (default:
+    text = "split to evaluate (default: val, or without one the samples that the run held out)"
+    add("--split", help=text)
+    text = """report top-1, top-5 and loss at these T, which may exceed the T of training (default:
         1 up to it); all else uses the T of training, or the last of these if it is not listed"""
-    add("--timesteps", type=timesteps_list, metavar="1,2,4-8", help=given)
-    given = """choose the early-exit threshold that loses at most POINTS of top-1 on the training
+    add("--timesteps", type=timesteps_list, metavar="1,2,4-8", help=text)
+    text = """choose the early-exit threshold that loses at most POINTS of top-1 on the training
         samples that the run held out (data.held_out), and report its effect on this split"""
-    add("--exit-within", type=points, metavar="POINTS", help=given)
-    given = """choose that threshold on this split instead, without its labels: at most POINTS
+    add("--exit-within", type=points, metavar="POINTS", help=text)
+    text = """choose that threshold on this split instead, without its labels: at most POINTS
         percent of its decisions may differ from those at T; for recordings of the day of use"""
-    add("--exit-on", type=Path, metavar="ROOT/SPLIT", help=given)
-    given = """also run early exit at that threshold for real: decided samples leave the batch;
+    add("--exit-on", type=Path, metavar="ROOT/SPLIT", help=text)
+    text = """also run early exit at that threshold for real: decided samples leave the batch;
         reports images/s beside those of whole passes"""
-    add("--measured", action="store_true", help=given)
-    given = """evaluate the network in whole numbers (export --int8), and count the decisions that
+    add("--measured", action="store_true", help=text)
+    text = """evaluate the network in whole numbers (export --int8), and count the decisions that
         differ from those of the real numbers"""
-    add("--int8", action="store_true", help=given)
-    given = """YAML or JSON file of constants and assumptions of the energy estimate that differ
+    add("--int8", action="store_true", help=text)
+    text = """YAML or JSON file of constants and assumptions of the energy estimate that differ
         from the defaults (docs/evaluation.md)"""
-    add("--energy", metavar="FILE", type=Path, help=given)
+    add("--energy", metavar="FILE", type=Path, help=text)
     add("--batch", type=positive, metavar="N", help="samples a forward pass; default: training's")
-    add("--threads", type=positive, metavar="N", help="decoding threads; default: training's")
-    given = "precision of the forward pass; default: training's"
-    add("--precision", choices=["bf16", "fp32", "tf32", "fp16", "fp64"], help=given)
-    given = "fused kernels, or the definition in plain torch (default: fused)"
-    add("--execution", choices=["fused", "reference"], help=given)
-    given = "device of the network (default: auto, a GPU if there is one)"
-    add("--device", choices=["auto", "cpu", "cuda"], default="auto", help=given)
+    threads = partial(positive, most=MOST_THREADS)
+    add("--threads", type=threads, metavar="N", help="decoding threads; default: training's")
+    text = "precision of the forward pass; default: training's"
+    add("--precision", choices=["bf16", "fp32", "tf32", "fp16", "fp64"], help=text)
+    text = "fused kernels, or the definition in plain torch (default: fused)"
+    add("--execution", choices=["fused", "reference"], help=text)
+    text = "device of the network (default: auto, a GPU if there is one)"
+    add("--device", choices=["auto", "cpu", "cuda"], default="auto", help=text)
     add_import(parser)
     add_local_rank(parser)
     add("--json", metavar="FILE", type=Path, help="also write the result as JSON")
-    given = "write the result as a self-contained page with plots"
-    add("--report", metavar="FILE.html", type=report_file, help=given)
+    text = "write the result as a self-contained page with plots"
+    add("--report", metavar="FILE.html", type=report_file, help=text)
     options = parser.parse_args(arguments)
     for flag, value in (("--exit-on", options.exit_on), ("--measured", options.measured)):
         if value and options.exit_within is None:
             parser.error(f"{flag} needs the early exit of --exit-within; add --exit-within POINTS")
-    refused = [f"--{one}" for one in ("measured", "energy") if vars(options)[one]]
+    refused = [f"--{flag}" for flag in ("measured", "energy") if vars(options)[flag]]
     if options.int8 and refused:
         parser.error(f"--int8 does not support {' and '.join(refused)}; leave either out")
     return options
@@ -127,55 +133,77 @@ def main(arguments: list[str] | None = None) -> int:
 def evaluate_checkpoint(options: argparse.Namespace) -> None:
     if "RANK" not in os.environ:  # Several processes check it later, together.
         check_places(options)
-    from tetdist.apps.weights import evaluated, integers
-    from tetdist.apps.weights.trained import Trained
     from tetdist.distributed.watchdog import Watch
     from tetdist.distributed.world import join
-    from tetdist.evaluation.early_exit import choose_exit, measure_exit
     from tetdist.evaluation.evaluate import Evaluator
-    from tetdist.evaluation.suite import run_suite
-    from tetdist.models.streaming import stream_of
     from tetdist.network import load_model
 
     with (
         join(options.device, run=vars(options) | {"local_rank": None}) as world,
         Watch(world, HANGS_AFTER, after="nothing was written") as watch,
     ):
-        given = world.run_on_all(lambda: opened(options, world))
-        config, description, headline = given.config, given.description, given.headline
-        model = load_model(config, given.split, given.weights, options.checkpoint, world)
-        model.set_timesteps(headline)
+        opened = world.run_on_all(lambda: open_checkpoint(options, world))
+        config, split = opened.config, opened.split
+        model = load_model(config, split, opened.weights, options.checkpoint, world)
+        model.set_timesteps(opened.subject.headline)
         alive = partial(watch.progress, "the evaluation")
-        evaluator, exit_choice = Evaluator(model, config, given.split, world, alive), None
-        real, whole = list["Tensor"](), list["Tensor"]()  # decisions in either kind of numbers
-        if options.int8:
-            numbers = evaluator.run("real numbers", lambda x, _: real.append(decided(x)))
-            plain = Trained(model.cpu(), config, description)
-            most = max(description.timesteps, *given.timesteps)
-            converted: Any = world.run_on_all(lambda: integers.convert(plain, most))
-            evaluator = replace(evaluator, model=converted.to(world.device))
+        evaluator = Evaluator(model, config, split, world, alive)
+        evaluate = evaluate_in_integers if options.int8 else evaluate_network
+        result = evaluate(evaluator, opened, options)
+        world.run_on_all(lambda: show(result, options) if world.rank == 0 else None)
+
+
+def evaluate_network(
+    evaluator: "Evaluator",
+    opened: "Opened",
+    options: argparse.Namespace,
+    also: "Also" = lambda _logits, _labels: None,
+) -> "EvalResult":
+    """Evaluate a network, with early exit if that is asked for; for ``also`` see `evaluate`."""
+    from tetdist.apps.weights import calibration
+    from tetdist.evaluation.early_exit import choose_exit, measure_exit
+    from tetdist.evaluation.suite import run_suite
+    from tetdist.models.streaming import stream_of
+
+    suite = partial(run_suite, evaluator, opened.subject, also=also, constants=opened.constants)
+    if options.exit_within is None:
+        return suite()
+    headline, description = opened.subject.headline, opened.description
+
+    def samples_to_choose_on() -> "Evaluator":
         if options.measured:
-            world.run_on_all(lambda: stream_of(model))
-        if options.exit_within is not None:
-            chosen_on = (evaluator, headline, description.classes, options.exit_on)
-            calibration = world.run_on_all(lambda: evaluated.calibration(*chosen_on))
-            exit_choice = choose_exit(calibration, headline, options.exit_within)
-        found = given.about(options.checkpoint) | run_suite(
-            evaluator,
-            timesteps=given.timesteps,
-            headline=headline,
-            also=lambda logits, _: whole.append(decided(logits)),
-            exit_choice=exit_choice,
-            constants=given.constants,
-        )
-        if options.int8:
-            changed = sum(int((a != b).sum()) for a, b in zip(real, whole, strict=True))
-            found["real_numbers"] = {"top1": numbers.top1, "changed": int(*world.sum([changed]))}
-        if options.exit_on and (warning := given.warning_of(options.exit_on)):
-            found["chosen_exit"]["chosen_on"]["warning"] = f"--exit-on {warning}"
-        if options.measured and exit_choice is not None:
-            found["measured_exit"] = measure_exit(evaluator, exit_choice.threshold)
-        world.run_on_all(lambda: show(found, options) if world.rank == 0 else None)
+            stream_of(evaluator.model)  # fails if the network cannot be streamed
+        return calibration.calibration(evaluator, headline, description.classes, options.exit_on)
+
+    chosen_on = evaluator.world.run_on_all(samples_to_choose_on)
+    choice = choose_exit(chosen_on, headline, options.exit_within)
+    if options.exit_on:
+        places = (options.exit_on, opened.config, opened.split, description.config["data"]["root"])
+        choice = choice._replace(warning=calibration.warning(*places))
+    result = suite(exit_choice=choice)
+    if options.measured:
+        result = replace(result, measured_exit=measure_exit(evaluator, choice.threshold))
+    return result
+
+
+def evaluate_in_integers(
+    evaluator: "Evaluator", opened: "Opened", options: argparse.Namespace
+) -> "EvalResult":
+    """Evaluate a network in whole numbers, and count the decisions that differ from the real."""
+    from tetdist.apps.weights import integers
+    from tetdist.apps.weights.trained import Trained
+    from tetdist.evaluation.decisions import DecidedClasses
+    from tetdist.evaluation.results import RealNumbers
+
+    real, whole, world = DecidedClasses(), DecidedClasses(), evaluator.world
+    top1 = evaluator.run("real numbers", real.add).top1
+    trained = Trained(evaluator.model.cpu(), opened.config, opened.description)
+    most = max(opened.description.timesteps, *opened.subject.reported_timesteps)
+    converted: Any = world.run_on_all(lambda: integers.convert(trained, most))
+    evaluator = replace(evaluator, model=converted.to(world.device))
+    result = evaluate_network(evaluator, opened, options, also=whole.add)
+    (changed,) = world.sum([real.differing(whole)])
+    return replace(result, real_numbers=RealNumbers(top1, int(changed)))
 
 
 def check_places(options: argparse.Namespace) -> None:
@@ -210,64 +238,109 @@ def check_held_out(held_out: float | None, options: argparse.Namespace) -> None:
         )
 
 
-def opened(options: argparse.Namespace, world: "World") -> "Opened":
+@dataclass(frozen=True)
+class Opened:
+    """A checkpoint, and everything that it is evaluated with.
+
+    Attributes:
+        split: The evaluated samples, with all classes of the network.
+        constants: Constants of the energy estimate.
+    """
+
+    weights: "dict[str, Tensor]"
+    description: "Description"
+    config: "RunConfig"
+    split: "Index"
+    subject: "Subject"
+    constants: "EnergySection"
+
+
+def open_checkpoint(options: argparse.Namespace, world: "World") -> Opened:
     """Open everything, and check what would otherwise fail after an hour of evaluation."""
     from tetdist import plugins
     from tetdist.apps.reports import style
     from tetdist.apps.weights import evaluated
+    from tetdist.datasets.recorded_split import other_binning, recorded_split
+    from tetdist.evaluation.energy import read_constants
+    from tetdist.evaluation.results import Subject
     from tetdist.storage import checkpoint
 
     check_places(options)
     if options.report:
         style.new_figure(1, 1)  # fails if matplotlib is missing
-    constants = evaluated.energy_constants(options.energy)
+    constants = read_constants(options.energy)
     plugins.import_files(options.imports)
     which, source = "best" if options.best else "last", str(options.checkpoint)
     weights, description = checkpoint.load_model_file(options.checkpoint, which, ema=options.ema)
     plugins.require(description.imports, options.checkpoint)
-    data = {"root": options.data, "index": None} if options.data else {}
-    more = {"index": options.index, "threads": options.threads}
-    raw, batch = description.config, options.batch
     config = evaluated.evaluation_config(
-        raw,
+        description.config,
         source,
-        data | {key: value for key, value in more.items() if value},
+        changed_data(options),
         imports=options.imports,
-        batch=raw["batch"] | {"eval": batch} if batch else None,
         execution=options.execution,
         precision=options.precision,
     )
+    if options.batch:
+        batch = config.batch.model_copy(update={"eval": options.batch})
+        config = config.model_copy(update={"batch": batch})
     check_held_out(config.data.held_out, options)
-    own_data = options.data is None
+    own_data, root = options.data is None, config.data.root
     split = evaluated.open_evaluated(config, options.split, world, own_data=own_data)
     if options.int8 and split.timesteps is not None and split.dtype != "uint8":
         raise UserError(f"--int8 needs counts of events (uint8), not {split.dtype}; leave it out")
-    known = config.model.num_classes
-    index = evaluated.with_classes_of_model(split, description.classes, known, source)
-    binning, root = description.binning, config.data.root
-    if binning and world.rank == 0 and (warning := evaluated.other_binning(binning, root)):
+    known, present = config.model.num_classes, split.classes
+    split = evaluated.with_classes_of_model(split, description.classes, known, source)
+    binning = description.binning
+    if binning and world.rank == 0 and (warning := other_binning(binning, root)):
         logging.warning(warning)
-    wanted = evaluated.timesteps(options.timesteps, config, description.timesteps, index)
-    return evaluated.Opened(weights, description, config, index, split.classes, wanted, constants)
+    subject = Subject(
+        checkpoint=source,
+        model=description.config["model"]["name"],
+        step=description.step,
+        split=split.split,
+        averaged=description.averaged,
+        published=description.published,
+        data_split=recorded_split(root),
+        subset=list(present) if present != split.classes else None,
+        trained_timesteps=description.timesteps,
+        reported_timesteps=timesteps_to_report(options, config, description.timesteps, split),
+    )
+    return Opened(weights, description, config, split, subject, constants)
 
 
-def decided(logits: "Tensor") -> "Tensor":
-    """Return the classes, (B,), that logits (T, B, K) decide on at T."""
-    from tetdist.losses import running_means
+def changed_data(options: argparse.Namespace) -> dict[str, Any]:
+    """Return the keys of the section data that the flags change."""
+    data = {"root": options.data, "index": None} if options.data else {}
+    more = {"index": options.index, "threads": options.threads}
+    return data | {key: value for key, value in more.items() if value}
 
-    return running_means(logits)[-1].argmax(-1)
+
+def timesteps_to_report(
+    options: argparse.Namespace, config: "RunConfig", trained: int, split: "Index"
+) -> list[int]:
+    """Return the T to report; by default, every T up to the training's that the neurons support."""
+    refusal, timesteps = config.model.neuron.refusal, options.timesteps
+    if timesteps is None:
+        timesteps = [t for t in range(1, trained + 1) if refusal(t) is None]
+    elif reason := next(filter(None, map(refusal, timesteps)), None):
+        raise UserError(f"--timesteps: {reason}; leave it out for {trained}")
+    frames = split.frames(config.data)
+    if frames is not None and timesteps[-1] > frames[0]:
+        raise UserError(f"--timesteps: {timesteps[-1]} exceeds the data's {frames[0]} time bins")
+    return list(timesteps)
 
 
-def show(found: dict[str, Any], options: argparse.Namespace) -> None:
+def show(result: "EvalResult", options: argparse.Namespace) -> None:
     """Print the result, and write the requested files."""
     from tetdist.apps.reports.evaluation_page import as_text, html_page
 
     if options.json:
         with files.explaining(options.json):
-            files.write_json(options.json, found)
+            files.write_json(options.json, result.as_json())
     if options.report:
         with files.explaining(options.report):
-            files.write_text(options.report, html_page(found))
-    print(as_text(found))  # last, because the output may be full
+            files.write_text(options.report, html_page(result))
+    print(as_text(result))  # last, because the output may be full
     if wrote := [str(file) for file in (options.json, options.report) if file]:
         print(f"\nwrote {' and '.join(wrote)}")

@@ -1,8 +1,4 @@
-"""Results of an evaluation as text, and as an HTML page with the same text and plots.
-
-Both are made from the dictionary that is also the JSON file: `evaluated.Opened.about`, everything
-that `suite.run_suite` returns, and real_numbers and measured_exit if they apply.
-"""
+"""Results of an evaluation as text, and as an HTML page with the same text and plots."""
 
 import base64
 import html
@@ -12,16 +8,15 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from tetdist.apps.reports import style
-from tetdist.evaluation.early_exit import FINE_THRESHOLDS
-from tetdist.evaluation.energy import ASSUMED
+from tetdist.evaluation.decisions import ExitPoint
+from tetdist.evaluation.early_exit import DOUBT, ChosenExit, ExitChoice
+from tetdist.evaluation.energy import ASSUMED, Estimator
+from tetdist.evaluation.results import EvalResult
 from tetdist.tables import aligned, as_html, number
 from tetdist.wording import and_more, counted
 
 SHOWN_CLASSES, NAMED_CLASSES = 20, 50  # most rows of the table, and names of the confusion matrix
-DOUBT = 0.1  # probability that what early exit promises, by its samples, is wrong
 NETWORKS = {"spiking": "spiking", "bitmaps": "spikes as bitmaps", "relu": "ReLU"}
-
-EvaluationResults = dict[str, Any]
 
 
 class Section(NamedTuple):
@@ -35,10 +30,10 @@ class Section(NamedTuple):
     height: float = 4.5
 
 
-def as_text(found: EvaluationResults) -> str:
+def as_text(result: EvalResult) -> str:
     """Return the results as text for a terminal."""
-    parts = [heading(found), *(f"  {line}" for line in headlines(found))]
-    for section in sections(found):
+    parts = [heading(result), *(f"  {line}" for line in headlines(result))]
+    for section in sections(result):
         parts += [section.title, *(f"  {line}" for line in section.sentences)]
         parts += [aligned(table, right=range(1, 4)) for table in section.tables]
     return "\n\n".join(parts)
@@ -53,11 +48,11 @@ th:first-child, td:first-child { text-align: left }
 """
 
 
-def html_page(found: EvaluationResults) -> str:
+def html_page(result: EvalResult) -> str:
     """Return the page with embedded plots, without external resources or scripts."""
-    parts = [f"<h1>{html.escape(heading(found))}</h1>"]
-    parts += [f"<p>{html.escape(line)}.</p>" for line in headlines(found)]
-    for section in sections(found):
+    parts = [f"<h1>{html.escape(heading(result))}</h1>"]
+    parts += [f"<p>{html.escape(line)}.</p>" for line in headlines(result)]
+    for section in sections(result):
         parts.append(f"<h2>{section.title}</h2>")
         if columns := len(section.panels):
             figure = style.new_figure(section.width * columns, section.height, dpi=100)
@@ -68,41 +63,42 @@ def html_page(found: EvaluationResults) -> str:
             parts.append(f'<p><img alt="" src="data:image/png;base64,{image}"></p>')
         parts += [f"<p>{html.escape(line)}</p>" for line in section.sentences]
         parts += map(as_html, section.tables)
-    title = html.escape(f"{found['model']}: {found['top1']:.2f} %")
+    title = html.escape(f"{result.subject.model}: {result.evaluation.top1:.2f} %")
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
         f"<style>{STYLE}</style></head>\n<body>\n" + "\n".join(parts) + "\n</body></html>\n"
     )
 
 
-def heading(found: EvaluationResults) -> str:
+def heading(result: EvalResult) -> str:
     """Name the network, the data, and their classes if these are not all of the network's."""
-    averaged = f" ({found['averaged']})" if "averaged" in found else ""
-    of_split = f" of the split {found['data_split']}" if "data_split" in found else ""
-    present, known, subset = found.get("subset"), len(found["classes"]), ""
-    if present:
+    subject, known, subset = result.subject, len(result.classes), ""
+    averaged = f" ({subject.averaged})" if subject.averaged else ""
+    of_split = f" of the split {subject.data_split}" if subject.data_split else ""
+    if present := subject.subset:
         names = f"{', '.join(present[:5])}{and_more(present, 5)}"
         subset = f", with {len(present)} of the {known} classes of the network ({names}); it "
         subset += f"chose among all {known}"
     return (
-        f"{found['checkpoint']}: {found['model']}, step {found['step']}{averaged}, "
-        f"{counted(found['samples'], 'sample')} of {found['split']}{of_split}{subset}"
+        f"{subject.checkpoint}: {subject.model}, step {subject.step}{averaged}, "
+        f"{counted(result.evaluation.samples, 'sample')} of {subject.split}{of_split}{subset}"
     )
 
 
-def headlines(found: EvaluationResults) -> list[str]:
+def headlines(result: EvalResult) -> list[str]:
     """Return the sentences on the accuracy, the published one, and that in real numbers."""
-    top5 = f", top-5 {found['top5']:.2f} %" if len(found["classes"]) > 5 else ""
+    subject, evaluation, numbers = result.subject, result.evaluation, result.real_numbers
+    top5 = f", top-5 {evaluation.top5:.2f} %" if len(result.classes) > 5 else ""
     lines = [
-        f"top-1 {found['top1']:.2f} %{top5}, loss {found['loss']:.4f} at "
-        f"T={found['timesteps']}; trained at T={found['trained_timesteps']}",
-        *([_of_published(found["published"])] if "published" in found else []),
-        f"All numbers below are at T={found['timesteps']} unless a T is given",
+        f"top-1 {evaluation.top1:.2f} %{top5}, loss {evaluation.loss:.4f} at "
+        f"T={evaluation.timesteps}; trained at T={subject.trained_timesteps}",
+        *([_of_published(subject.published)] if subject.published else []),
+        f"All numbers below are at T={evaluation.timesteps} unless a T is given",
     ]
-    if (numbers := found.get("real_numbers")) is not None:
+    if numbers is not None:
         lines.append(
-            f"in whole numbers (--int8); in real numbers top-1 {numbers['top1']:.2f} %; different "
-            f"decisions: {numbers['changed']:,} of {found['samples']:,}"
+            f"in whole numbers (--int8); in real numbers top-1 {numbers.top1:.2f} %; different "
+            f"decisions: {numbers.changed:,} of {evaluation.samples:,}"
         )
     return lines
 
@@ -114,122 +110,128 @@ def _of_published(claim: dict[str, Any]) -> str:
     return f"published: {top1} {place}. {claim['known']}".rstrip(".")
 
 
-def sections(found: EvaluationResults) -> list[Section]:
+def sections(result: EvalResult) -> list[Section]:
     """Return the results in order."""
-    energy = [_energy(found["energy"])] if "energy" in found else []
-    return [_accuracy(found), _early_exit(found), _counts(found), *energy, _classes(found)]
+    energy = [_energy(result.energy)] if result.energy else []
+    return [_accuracy(result), _early_exit(result), _counts(result), *energy, _classes(result)]
 
 
-def _accuracy(found: EvaluationResults) -> Section:
-    shown = {"top1": ("top-1 %", ".2f"), "top5": ("top-5 %", ".2f"), "loss": ("loss", ".4f")}
-    if len(found["classes"]) <= 5:
-        del shown["top5"]
-    by_timesteps = [["T", *(title for title, _ in shown.values())]] + [
-        [str(t), *(format(found[f"per_timestep_{k}"][t - 1], f) for k, (_, f) in shown.items())]
-        for t in found["reported_timesteps"]
+def _accuracy(result: EvalResult) -> Section:
+    evaluation = result.evaluation
+    columns = {
+        "top-1 %": (evaluation.per_timestep_top1, ".2f"),
+        "top-5 %": (evaluation.per_timestep_top5, ".2f"),
+        "loss": (evaluation.per_timestep_loss, ".4f"),
+    }
+    if len(result.classes) <= 5:
+        del columns["top-5 %"]
+    by_timesteps = [["T", *columns]] + [
+        [str(t), *(number(values[t - 1], spec) for values, spec in columns.values())]
+        for t in result.subject.reported_timesteps
     ]
-    return Section("Accuracy at each T", [], [by_timesteps], [partial(_draw_timesteps, found)])
+    return Section("Accuracy at each T", [], [by_timesteps], [partial(_draw_timesteps, result)])
 
 
-def _early_exit(found: EvaluationResults) -> Section:
-    if found["early_exit"] is None:
+def _early_exit(result: EvalResult) -> Section:
+    if result.early_exit is None:
         sentence = "no early exit: the network is not causal, so its first logits depend on later "
         return Section("Early exit", [f"{sentence}timesteps"], [], [])
-    points = {one["threshold"]: one for one in [*found["early_exit"], *_chosen_point(found)]}
-    exits = [["confidence", "top-1 %", "mean T"]] + [
-        [
-            f"{threshold:.4g}" + (" (chosen)" if "within" in point else ""),
-            f"{point['top1']:.2f}",
-            f"{point['mean_timesteps']:.3f}",
-        ]
-        for threshold, point in sorted(points.items())
-    ]
+    rows = {
+        point.threshold: [f"{point.threshold:.4g}", *_exit_cells(point)]
+        for point in result.early_exit
+    }
     sentences = [
         "early exit: a sample is decided at the first timestep at which the softmax of its "
         "time-mean reaches the confidence, or else at T"
     ]
-    if "chosen_exit" in found:
-        sentences.append(_of_chosen_exit(found["chosen_exit"], found))
-    if (measured := found.get("measured_exit")) is not None:
+    if (chosen := result.chosen_exit) is not None:
+        sentences.append(_of_chosen_exit(chosen, result.subject.split, result.evaluation.top1))
+        if (threshold := chosen.choice.threshold) < math.inf:
+            rows[threshold] = [f"{threshold:.4g} (chosen)", *_exit_cells(chosen)]
+    if (measured := result.measured_exit) is not None:
         sentences.append(
-            f"measured: {measured['images_per_s']:.1f} images/s, {measured['ratio']:.2f} times the "
-            f"{measured['whole_pass_images_per_s']:.1f} of whole passes, at batch "
-            f"{measured['batch']} and {counted(measured['threads'], 'thread')}; "
-            f"{measured['top1']:.2f} % at T = {measured['mean_timesteps']:.3f} on average; "
-            f"{counted(measured['differing'], 'decision')} unlike the whole pass's, "
-            f"{measured['differing_within_1e-5']} of them within 1e-5 of the threshold"
+            f"measured: {measured.images_per_s:.1f} images/s, {measured.ratio:.2f} times the "
+            f"{measured.whole_pass_images_per_s:.1f} of whole passes, at batch "
+            f"{measured.batch} and {counted(measured.threads, 'thread')}; "
+            f"{measured.top1:.2f} % at T = {measured.mean_timesteps:.3f} on average; "
+            f"{counted(measured.differing, 'decision')} unlike the whole pass's, "
+            f"{measured.near} of them within 1e-5 of the threshold"
         )
-    return Section("Early exit", sentences, [exits], [partial(_draw_exits, found)])
+    table = [["confidence", "top-1 %", "mean T"], *(row for _, row in sorted(rows.items()))]
+    return Section("Early exit", sentences, [table], [partial(_draw_exits, result)])
 
 
-def _chosen_point(found: EvaluationResults) -> list[dict[str, Any]]:
-    """Return the chosen threshold with its effect; empty without one."""
-    chosen = found.get("chosen_exit", {"threshold": None})
-    return [] if chosen["threshold"] is None else [chosen]
+def _exit_cells(point: ExitPoint | ChosenExit) -> list[str]:
+    return [f"{point.top1:.2f}", f"{point.mean_timesteps:.3f}"]
 
 
-def _of_chosen_exit(chosen: dict[str, Any], found: EvaluationResults) -> str:
-    from scipy.special import betaincinv
-
-    on, within = chosen["chosen_on"], chosen["within"]
-    samples, lost = on["samples"], on["lost"]
-    if on["top1"] is None:
-        limit = f"changes at most {within:g} % of the decisions on {samples:,} unlabelled samples"
-        became, bound, unit, give = "changed", "changes of more than", "%", "give"
+def _of_chosen_exit(chosen: ChosenExit, split: str, top1: float) -> str:
+    """Return the sentences on a chosen threshold; ``top1`` is the accuracy without early exit."""
+    choice = chosen.choice
+    if choice.top1 is None:
+        limit = f"changes at most {choice.within:g} % of the decisions on "
+        limit += f"{choice.samples:,} unlabelled samples"
     else:
-        points = "1 point" if within == 1 else f"{within:g} points"
-        limit = f"loses at most {points} on {samples:,} held-out training samples"
-        became, bound, unit, give = "became wrong", "losses above", "points", "hold out"
-    if chosen["threshold"] is None:
+        points = "1 point" if choice.within == 1 else f"{choice.within:g} points"
+        limit = f"loses at most {points} on {choice.samples:,} held-out training samples"
+    if math.isinf(choice.threshold):
         return f"no confidence from 0.3 up {limit}"
-    # Clopper and Pearson's one-sided bound. The samples also chose the threshold, so unless it is
-    # the lowest candidate, the count is that of the most samples that the choice may lose.
-    is_lowest = chosen["threshold"] == FINE_THRESHOLDS[0]
-    most = lost if is_lowest else max(lost, int(within * samples // 100))
-    may = f", and up to {most:,} may" * (most > lost)
-    worst = 100 * betaincinv(most + 1, samples - most, 1 - DOUBT) if most < samples else 100
-    needed = math.ceil(math.log(DOUBT, 1 - within / 100)) if 0 < within < 100 else 0
-    advice = f"; to exclude {within:g} {unit}, {give} at least {needed:,}" * (needed > samples)
-    bounded = (
-        f"{may}, so only {bound} {worst:.3g} {unit} can be excluded elsewhere "
-        f"({100 * (1 - DOUBT):.0f} % confidence){advice}"
-    )
-    # Samples of the training or evaluation bound nothing elsewhere.
-    end = f"; warning: {on['warning']}" if "warning" in on else bounded
+    warning = f"Warning: {choice.warning}"
     return (
-        f"chosen: confidence {chosen['threshold']:.4g}, the lowest of the candidates from 0.3 up "
-        f"that {limit}. On {found['split']} it gives {chosen['top1']:.2f} % "
-        f"({chosen['top1'] - found['top1']:+.2f} points) at T = {chosen['mean_timesteps']:.3f} on "
-        f"average. {lost:,} of the {samples:,} {became}{end}"
+        f"chosen: confidence {choice.threshold:.4g}, the lowest of the candidates from 0.3 up that "
+        f"{limit}. On {split} it gives {chosen.top1:.2f} % ({chosen.top1 - top1:+.2f} points) at "
+        f"T = {chosen.mean_timesteps:.3f} on average. "
+        # Samples of the training or evaluation bound nothing elsewhere.
+        f"{_losses(choice)}. {warning if choice.warning else _loss_elsewhere(choice)}"
     )
 
 
-def _counts(found: EvaluationResults) -> Section:
-    rates, operations, sentences = found["firing_rate"], found["operations"], list[str]()
-    if "real_numbers" in found:
+def _losses(choice: ExitChoice) -> str:
+    """Return the sentence on the samples of the choice that early exit decides otherwise."""
+    became = "changed" if choice.top1 is None else "became wrong"
+    most = f", and up to {choice.most_lost:,} may" if choice.most_lost > choice.lost else ""
+    return f"{choice.lost:,} of the {choice.samples:,} {became}{most}"
+
+
+def _loss_elsewhere(choice: ExitChoice) -> str:
+    """Return the sentence on other samples than those of the choice."""
+    became = "change" if choice.top1 is None else "become wrong"
+    needed, more = choice.samples_needed, ""
+    if needed > choice.samples:
+        more = f"; to show at most {choice.within:g} %, choose on at least {needed:,} samples"
+    confidence = f"{100 * (1 - DOUBT):.0f} % confidence"
+    return f"Elsewhere up to {choice.loss_bound:.3g} % may {became} ({confidence}){more}"
+
+
+def _counts(result: EvalResult) -> Section:
+    rates, timesteps = result.evaluation.firing_rate, result.evaluation.timesteps
+    operations, sentences = result.operations, list[str]()
+    if result.real_numbers:
         sentences.append("--int8 counts neither operations nor spikes")
     elif operations is None:
         sentences.append("operations are only counted for tetdist's own networks")
     else:
         sentences.append(
-            f"{operations['accumulates']:,.0f} accumulates and "
-            f"{operations['multiply_accumulates']:,.0f} multiply-accumulates a sample at "
-            f"T = {found['timesteps']}; the ReLU network with the same synapses: "
-            f"{operations['relu_multiply_accumulates']:,.0f} multiply-accumulates"
+            f"{operations.accumulates:,.0f} accumulates and "
+            f"{operations.multiply_accumulates:,.0f} multiply-accumulates a sample at "
+            f"T = {timesteps}; the ReLU network with the same synapses: "
+            f"{operations.relu_multiply_accumulates:,.0f} multiply-accumulates"
         )
-    if not rates and "real_numbers" not in found:
+    if not rates and not result.real_numbers:
         sentences.append("no firing rates: the network has no spiking neurons")
-    rate = f"firing rate over {counted(found['timesteps'], 'timestep')}"
+    rate = f"firing rate over {counted(timesteps, 'timestep')}"
     table = [["layer", rate], *([layer, f"{rates[layer]:.4f}"] for layer in rates)]
-    panels, layers = [], operations["layers"] if operations else {}
+    panels, layers = [], operations.layers if operations else {}
     if rates:
         percent = {layer: [100 * rates[layer]] for layer in rates}
         unit = "spikes per neuron per timestep (%)"
         panels.append(partial(_draw_bars, percent, {"": style.RATE}, rate.capitalize(), unit))
     if layers:
         kinds = {"accumulates": style.TRAIN, "multiply-accumulates": style.WAIT}
-        keys = [kind.replace("-", "_") for kind in kinds]
-        millions = {name: [one[key] / 1e6 for key in keys] for name, one in layers.items()}
+        millions = {
+            name: [layer.accumulates / 1e6, layer.multiply_accumulates / 1e6]
+            for name, layer in layers.items()
+        }
         title = "Synaptic operations"
         panels.append(partial(_draw_bars, millions, kinds, title, "millions a sample"))
     height = 1.5 + 0.22 * max(len(rates), len(layers))
@@ -237,62 +239,63 @@ def _counts(found: EvaluationResults) -> Section:
     return Section(title, sentences, tables, panels, height=height)
 
 
-def _energy(energy: dict[str, Any]) -> Section:
-    rate, even = energy["spike_rate"], energy["break_even_rate"]
-    if rate is None:
+def _energy(energy: Estimator) -> Section:
+    rate, (even, wins_below) = energy.spike_rate, energy.break_even()
+    if rate is None or even is None:
         known = "no spikes reach a synapse"
     elif 0 < even < 1:
-        side = "below" if energy["wins_below"] else "above"
-        does = "does" if (rate < even) == energy["wins_below"] else "does not"
+        side = "below" if wins_below else "above"
+        does = "does" if (rate < even) == wins_below else "does not"
         known = f"Counting memory (table below), the spiking network needs a spike rate {side} "
         known += f"{100 * even:.3g} % to beat the ReLU network; at its {100 * rate:.3g} % it {does}"
     else:
         known = f"Counting memory, the spiking network takes {'less' if even else 'more'} energy "
         known += f"than the ReLU network at any spike rate (here {100 * rate:.3g} %)"
     assumed, changed = (
-        ", ".join(f"{key}={energy['constants'][key]}" for key in keys)
-        for keys in (ASSUMED, energy["changed"])
+        ", ".join(f"{key}={getattr(energy.constants, key)}" for key in keys)
+        for keys in (ASSUMED, sorted(energy.constants.model_fields_set))
     )
     sentences = [
-        f"{known}; the ReLU network's activations have {counted(energy['activation_bits'], 'bit')}",
+        f"{known}; the ReLU network's activations have {counted(energy.activation_bits, 'bit')}",
         f"energy is an estimate; assumed: {assumed}; other constants: arXiv 2409.08290v4 (22 nm), "
         "fitted to it for weights, membranes and products, and Horowitz (45 nm, 32-bit floating "
         "point) for arithmetic only" + (f"; changed by --energy: {changed}" if changed else ""),
     ]
+    pj = {network: use.pj(energy.constants) for network, use in energy.uses().items()}
     table = [["energy, uJ a sample", *NETWORKS.values()]] + [
-        [cause, *(f"{energy[network]['pj'][cause] / 1e6:.4g}" for network in NETWORKS)]
-        for cause in energy["relu"]["pj"]
+        [cause, *(f"{pj[network][cause] / 1e6:.4g}" for network in NETWORKS)]
+        for cause in pj["relu"]
     ]
-    only = {key: f"{pj / 1e6:.4g}" for key, pj in energy["arithmetic_only_pj"].items()}
+    only = {network: f"{total / 1e6:.4g}" for network, total in energy.arithmetic_only().items()}
     table.append(["arithmetic only, fp32, 45 nm", only["spiking"], "-", only["relu"]])
-    causes = dict(zip(list(energy["relu"]["pj"])[:-1], style.SERIES, strict=False))
-    bars = {n: [energy[key]["pj"][cause] / 1e6 for cause in causes] for key, n in NETWORKS.items()}
+    causes = dict(zip(list(pj["relu"])[:-1], style.SERIES, strict=False))
+    bars = {title: [pj[key][c] / 1e6 for c in causes] for key, title in NETWORKS.items()}
     draw = partial(_draw_bars, bars, causes, "Energy with memory", "uJ a sample")
     return Section("Energy", sentences, [table], [draw], height=2.5)
 
 
-def _classes(found: EvaluationResults) -> Section:
+def _classes(result: EvalResult) -> Section:
     """Return the classes with samples; of many only those of lowest recall."""
-    rows, head = [row for row in found["per_class"] if row["samples"]], "class"
+    rows, head = [row for row in result.per_class if row.samples], "class"
     if len(rows) > SHOWN_CLASSES:
-        rows = sorted(rows, key=lambda row: row["recall"])[:SHOWN_CLASSES]
+        rows = sorted(rows, key=lambda row: row.recall or 0.0)[:SHOWN_CLASSES]
         head = f"the {SHOWN_CLASSES} classes of lowest recall"
     table = [[head, "samples", "recall %", "precision %", "most often mistaken for"]] + [
         [
-            row["class"],
-            str(row["samples"]),
-            number(row["recall"], ".2f"),
-            number(row["precision"], ".2f"),
-            f"{row['mistaken_for']} ({row['mistaken']})" if row["mistaken"] else "-",
+            row.name,
+            str(row.samples),
+            number(row.recall, ".2f"),
+            number(row.precision, ".2f"),
+            f"{row.mistaken_for} ({row.mistaken})" if row.mistaken else "-",
         ]
         for row in rows
     ]
-    return Section("Classes", [], [table], [partial(_draw_confusion, found)], 9, 7.5)
+    return Section("Classes", [], [table], [partial(_draw_confusion, result)], 9, 7.5)
 
 
-def _draw_timesteps(found: EvaluationResults, axis: Any) -> None:
-    shown, trained = found["reported_timesteps"], found["trained_timesteps"]
-    top1 = [found["per_timestep_top1"][t - 1] for t in shown]
+def _draw_timesteps(result: EvalResult, axis: Any) -> None:
+    shown, trained = result.subject.reported_timesteps, result.subject.trained_timesteps
+    top1 = [result.evaluation.per_timestep_top1[t - 1] for t in shown]
     axis.plot(shown, top1, "o-", color=style.VALIDATION, label="top-1")
     axis.axvline(trained, color=style.QUIET, linestyle=":", label=f"training T: {trained}")
     axis.set_xlabel("timesteps T")
@@ -300,13 +303,14 @@ def _draw_timesteps(found: EvaluationResults, axis: Any) -> None:
     style.finish(axis, "Accuracy by timesteps", style.ACCURACY)
 
 
-def _draw_exits(found: EvaluationResults, axis: Any) -> None:
-    spent, top1 = ([one[key] for one in found["early_exit"]] for key in ("mean_timesteps", "top1"))
+def _draw_exits(result: EvalResult, axis: Any) -> None:
+    points, evaluation, chosen = result.early_exit or [], result.evaluation, result.chosen_exit
+    spent, top1 = [point.mean_timesteps for point in points], [point.top1 for point in points]
     axis.plot(spent, top1, "o-", color=style.RATE, label="by confidence")
-    whole = found["per_timestep_top1"][: found["timesteps"]]
+    whole = evaluation.per_timestep_top1[: evaluation.timesteps]
     axis.plot(range(1, len(whole) + 1), whole, "--", color=style.QUIET, label="same T for all")
-    for point in _chosen_point(found):
-        at, label = (point["mean_timesteps"], point["top1"]), f"chosen: {point['threshold']:.4g}"
+    if chosen is not None and (threshold := chosen.choice.threshold) < math.inf:
+        at, label = (chosen.mean_timesteps, chosen.top1), f"chosen: {threshold:.4g}"
         axis.plot(*at, "*", markersize=14, color=style.TRAIN, label=label)
     axis.set_xlabel("average timesteps a sample")
     style.finish(axis, "Early exit", style.ACCURACY)
@@ -333,13 +337,13 @@ def _draw_bars(
     axis.set_xlabel(unit, fontsize=9)
 
 
-def _draw_confusion(found: EvaluationResults, axis: Any) -> None:
-    names = found["classes"]
-    fractions = [[count / max(sum(row), 1) for count in row] for row in found["confusion"]]
+def _draw_confusion(result: EvalResult, axis: Any) -> None:
+    names = result.classes
+    fractions = [[count / max(sum(row), 1) for count in row] for row in result.confusion]
     axis.imshow(fractions, cmap="Blues", vmin=0, vmax=1, aspect="auto", interpolation="nearest")
     if len(names) <= NAMED_CLASSES:
         axis.set_xticks(range(len(names)), labels=names, rotation=90, fontsize=8)
         axis.set_yticks(range(len(names)), labels=names, fontsize=8)
     axis.set_xlabel("predicted", fontsize=9)
     axis.set_ylabel("true", fontsize=9)
-    axis.set_title(f"Confusion at T = {found['timesteps']}", loc="left", fontsize=11)
+    axis.set_title(f"Confusion at T = {result.evaluation.timesteps}", loc="left", fontsize=11)
