@@ -35,65 +35,83 @@ def work(runs: list[StudyRun], jobs: int) -> dict[str, str]:
     Raises:
         KeyboardInterrupt: A signal stopped the study; all runs in progress have saved.
     """
-    waiting = [run for run in runs if run.next_command() is not None]
-    running: dict[StudyRun, Child] = {}
-    failed: dict[str, str] = {}
-    done = before = len(runs) - len(waiting)
-    began = time.monotonic()
+    work = _Work(runs, jobs)
     logs = runs[0].log.parent
     with explaining(logs):
         logs.mkdir(parents=True, exist_ok=True)
     _print(
-        f"{done} of {len(runs)} runs are already done; logs are in {logs}, and "
+        f"{work.done} of {len(runs)} runs are already done; logs are in {logs}, and "
         f"`{typed('status', logs.parent)}` shows the state of all"
     )
-
-    def end(run: StudyRun, text: str) -> None:
-        nonlocal done
-        done += 1
-        half, spent = len(running) / 2, time.monotonic() - began  # of the work in progress
-        seconds = spent / (done - before + half) * (len(runs) - done - half)
-        left = f", about {duration(seconds)} left" if done < len(runs) else ""
-        _print(f"[{done}/{len(runs)}] {run.name}: {text}; {duration(spent)} so far{left}")
-
-    def fail(run: StudyRun, reason: str) -> None:
-        failed[run.name] = reason
-        end(run, reason)
-
-    def start(run: StudyRun, command: Command | None) -> None:
-        assert command is not None
-        try:
-            used = [child.place for child in running.values()]
-            running[run] = Child(run, jobs, command, min(gpu_places(), key=used.count))
-        except UserError as error:  # Another process was faster.
-            fail(run, str(error))
-
-    with StopRequest(ALONE) as stop, ended_at_exit(running):
-        while waiting or running:
-            for run in list(waiting):
+    with StopRequest(ALONE) as stop, ended_at_exit(work.running):
+        while work.waiting or work.running:
+            for run in list(work.waiting):
                 if stop.agreed():
                     raise KeyboardInterrupt
-                lost = [needed.name for needed in run.needs if needed.name in failed]
-                if lost:
-                    waiting.remove(run)
-                    fail(run, f"not started, because {lost[0]} failed")
-                elif len(running) < jobs and all(map(is_trained, run.needs)):
-                    waiting.remove(run)
-                    start(run, run.next_command())
-            ended = [run for run, child in running.items() if child.process.poll() is not None]
+                work.start_if_possible(run)
+            ended = [run for run, child in work.running.items() if child.has_ended]
             for run in ended:
-                reason = running.pop(run).failure()
-                if reason is not None:
-                    fail(run, reason)
-                elif (found := evaluation(run)) is None:
-                    start(run, run.eval_command)
-                else:
-                    end(run, f"top-1 {found['top1']:.2f} %")
+                work.go_on(run)
             if stop.agreed():
                 raise KeyboardInterrupt
             if not ended:
                 time.sleep(POLL_EVERY)
-    return failed
+    return work.failed
+
+
+class _Work:
+    """Runs of a study: those that wait, the processes of those in progress, and the failed ones."""
+
+    def __init__(self, runs: list[StudyRun], jobs: int) -> None:
+        self.number, self.jobs = len(runs), jobs
+        self.waiting = [run for run in runs if run.next_command() is not None]
+        self.running: dict[StudyRun, Child] = {}
+        self.failed: dict[str, str] = {}
+        self.began, self.done_before = time.monotonic(), self.done
+
+    @property
+    def done(self) -> int:
+        """Number of runs that are finished or have failed."""
+        return self.number - len(self.waiting) - len(self.running)
+
+    def start_if_possible(self, run: StudyRun) -> None:
+        """Start a waiting run if there is room and all that it needs is trained."""
+        lost = [needed.name for needed in run.needs if needed.name in self.failed]
+        if lost:
+            self.waiting.remove(run)
+            self._fail(run, f"not started, because {lost[0]} failed")
+        elif len(self.running) < self.jobs and all(map(is_trained, run.needs)):
+            self.waiting.remove(run)
+            self._start(run, run.next_command())
+
+    def go_on(self, run: StudyRun) -> None:
+        """Evaluate a run whose training has ended, or report what it has reached."""
+        reason = self.running.pop(run).failure()
+        if reason is not None:
+            self._fail(run, reason)
+        elif (result := evaluation(run)) is None:
+            self._start(run, run.eval_command)
+        else:
+            self._report(run, f"top-1 {result['top1']:.2f} %")
+
+    def _start(self, run: StudyRun, command: Command | None) -> None:
+        assert command is not None
+        used = [child.place for child in self.running.values()]
+        try:
+            self.running[run] = Child(run, self.jobs, command, min(gpu_places(), key=used.count))
+        except UserError as error:  # Another process was faster.
+            self._fail(run, str(error))
+
+    def _fail(self, run: StudyRun, reason: str) -> None:
+        self.failed[run.name] = reason
+        self._report(run, reason)
+
+    def _report(self, run: StudyRun, text: str) -> None:
+        half, spent = len(self.running) / 2, time.monotonic() - self.began  # of what is in progress
+        left, made = self.number - self.done - half, self.done - self.done_before + half
+        end = f", about {duration(spent / made * left)} left" if self.done < self.number else ""
+        progress = f"[{self.done}/{self.number}]"
+        _print(f"{progress} {run.name}: {text}; {duration(spent)} so far{end}")
 
 
 def gpu_places() -> list[dict[str, str]]:
@@ -137,6 +155,10 @@ class Child:
                 env={"OMP_NUM_THREADS": str(threads)} | os.environ | place | as_starter(),
             )
 
+    @property
+    def has_ended(self) -> bool:
+        return self.process.poll() is not None
+
     def failure(self) -> str | None:
         """Return why the process failed; None if it succeeded."""
         status = self.process.returncode
@@ -153,7 +175,7 @@ class Child:
 
 
 @contextlib.contextmanager
-def ended_at_exit(running: dict[StudyRun, "Child"]) -> Iterator[None]:
+def ended_at_exit(running: dict[StudyRun, Child]) -> Iterator[None]:
     """Stop all children on exit, whatever happens; each saves and ends.
 
     A second Ctrl-C meanwhile kills them.

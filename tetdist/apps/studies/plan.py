@@ -2,7 +2,7 @@
 
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -222,60 +222,85 @@ def runs_of(
     own. The runs' study has test_timesteps, also by default. ``check_draft`` is as for
     `loading.load_with_origins`.
     """
-    runs: dict[tuple[str, int], StudyRun] = {}
+    loaded = {
+        (name, seed): _loaded(study, name, seed, output, more, imports, check_draft)
+        for seed in study.seeds
+        for name in _in_order(study.entries)
+    }
+    if not study.test_timesteps:
+        most = max(config.phases[-1].most_timesteps for _, config in loaded.values())
+        study = study.model_copy(update={"test_timesteps": tuple(range(1, most + 1))})
+    runs: dict[tuple[str | None, int], StudyRun] = {}
+    for (name, seed), (arguments, config) in loaded.items():
+        runs[name, seed] = StudyRun(
+            entry=name,
+            seed=seed,
+            arguments=arguments,
+            config=config,
+            study=study,
+            init=runs.get((study.entries[name].init, seed)),
+            teacher=runs.get((study.entries[name].teacher, seed)),
+        )
+    for run in runs.values():
+        _check(run)
+    return list(runs.values())
 
-    def add(name: str, seed: int, after: tuple[str, ...] = ()) -> StudyRun:
+
+def _in_order(entries: Mapping[str, EntrySection]) -> list[str]:
+    """Return the names of the entries, each after those that it needs."""
+    ordered: list[str] = []
+
+    def add(name: str, after: tuple[str, ...] = ()) -> None:
         if name in after:
             raise UserError(
                 f"entries.{name}: init and teacher form a circle: {' <- '.join((*after, name))}"
             )
-        if (name, seed) in runs:
-            return runs[name, seed]
-        entry = study.entries[name]
-        init, teacher = (
-            None if other is None else add(other, seed, (*after, name))
-            for other in (entry.init, entry.teacher)
-        )
-        # An entry may set its own weights or teacher, unless it names another entry for them.
-        own_keys = dict(OWN_KEYS)
-        own = [f"seed={seed}", f"name={name}-seed{seed}", f"runs_dir={output}"]
-        for needed, key, reason in (
-            (init, "init_checkpoint", "the entry's init provides it"),
-            (teacher, TEACHER_KEY, "the entry's teacher provides it"),
-        ):
+        for needed in (entries[name].init, entries[name].teacher):
             if needed is not None:
-                own.append(f"{key}={needed.folder}")
-                own_keys[key] = f"{reason} ({needed.entry}); leave out one"
-        given = joined(as_overrides(study.overrides), as_overrides(entry.overrides), more)
-        config_name = entry.config or study.config
-        try:
-            _refuse_own_keys(given, own_keys)
-            values = [*given, *own]
-            config = loading.load_with_origins(config_name, values, imports, check_draft).config
-            check_names(config.tracking.trackers)
-        except UserError as error:
-            raise UserError(f"entries.{name}: {error}") from error
-        runs[name, seed] = StudyRun(
-            entry=name,
-            seed=seed,
-            arguments=("--config", config_name, *given, *own, *import_flags(imports)),
-            config=config,
-            study=study,
-            init=init,
-            teacher=teacher,
-        )
-        return runs[name, seed]
+                add(needed, (*after, name))
+        if name not in ordered:
+            ordered.append(name)
 
-    for seed in study.seeds:
-        for name in study.entries:
-            add(name, seed)
-    if not study.test_timesteps:
-        most = max(run.timesteps for run in runs.values())
-        tested = study.model_copy(update={"test_timesteps": tuple(range(1, most + 1))})
-        return runs_of(tested, output, more, imports)
-    for run in runs.values():
-        _check(run)
-    return list(runs.values())
+    for name in entries:
+        add(name)
+    return ordered
+
+
+def _run_name(entry: str, seed: int) -> str:
+    return f"{entry}-seed{seed}"
+
+
+def _loaded(
+    study: StudySection,
+    name: str,
+    seed: int,
+    output: Path,
+    more: list[str],
+    imports: Sequence[str],
+    check_draft: Callable[[RunConfig, str], None] | None,
+) -> tuple[tuple[str, ...], RunConfig]:
+    """Return the arguments and the configuration of an entry's run; see `runs_of`."""
+    entry = study.entries[name]
+    # An entry may set its own weights or teacher, unless it names another entry for them.
+    own_keys = dict(OWN_KEYS)
+    own = [f"seed={seed}", f"name={_run_name(name, seed)}", f"runs_dir={output}"]
+    for needed, key, field in (
+        (entry.init, "init_checkpoint", "init"),
+        (entry.teacher, TEACHER_KEY, "teacher"),
+    ):
+        if needed is not None:
+            own.append(f"{key}={output / _run_name(needed, seed)}")
+            own_keys[key] = f"the entry's {field} provides it ({needed}); leave out one"
+    overrides = joined(as_overrides(study.overrides), as_overrides(entry.overrides), more)
+    config_name = entry.config or study.config
+    try:
+        _refuse_own_keys(overrides, own_keys)
+        values = [*overrides, *own]
+        config = loading.load_with_origins(config_name, values, imports, check_draft).config
+        check_names(config.tracking.trackers)
+    except UserError as error:
+        raise UserError(f"entries.{name}: {error}") from error
+    return ("--config", config_name, *values, *import_flags(imports)), config
 
 
 def _refuse_own_keys(given: list[str], own_keys: dict[str, str]) -> None:
