@@ -24,6 +24,8 @@ import pytest
 import yaml
 from PIL import Image
 
+from tetdist.storage import selection
+
 PROJECT = Path(__file__).resolve().parent.parent
 TRAIN, EVAL = PROJECT / "tetdist" / "train.py", PROJECT / "tools" / "eval.py"
 # Has a run write down the samples that it sees.
@@ -249,7 +251,7 @@ def samples(run: Path) -> dict[int, list[tuple[int, int]]]:
 
 
 def newest(run: Path) -> Path:
-    return run / "checkpoints" / (run / "checkpoints" / "last").read_text().strip()
+    return selection.last(run / "checkpoints")
 
 
 def assert_same_run(a: Path, b: Path) -> None:

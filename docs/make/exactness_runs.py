@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from tetdist.apps.reports.compare import OF_THE_CLOCK
 from tetdist.distributed.meeting import free_port
 from tetdist.distributed.starters import as_starter
+from tetdist.storage import selection
 
 START_LIMIT = 300  # seconds for a run to reach the step where it is stopped
 
@@ -172,7 +173,9 @@ def samples(run: Path) -> dict[int, list[tuple[int, int]]]:
 
 def newest(run: Path) -> Path:
     """Return the folder of the last checkpoint."""
-    return run / "checkpoints" / (run / "checkpoints" / "last").read_text().strip()
+    path = selection.last(run / "checkpoints")
+    assert path is not None, f"{run} has no checkpoint"
+    return path
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:

@@ -25,6 +25,7 @@ from tetdist.datasets.index import index_splits
 from tetdist.evaluation import early_exit
 from tetdist.evaluation.early_exit import ChosenExit, ExitChoice
 from tetdist.evaluation.results import EvalResult
+from tetdist.storage.checkpoint import load_model_file
 
 NUM_SAMPLES = sum(tiny.VAL_SIZES)
 
@@ -417,8 +418,10 @@ def test_file_alone_is_enough_wherever_the_data_is(run, tiny_copy, evaluate, tmp
     options = ("--data", moved, "--index", tmp_path / "index", "--json", target)
     copy = Path(shutil.copytree(run, tmp_path / "run"))
     older, newer = sorted((copy / "checkpoints").glob("step-*"))
-    (copy / "checkpoints" / "best").write_text(older.name)
-    for which, step in (((), newer.name), (("--best",), older.name)):
+    (copy / "checkpoints" / "best").write_text("of an earlier version")
+    top1 = [load_model_file(path)[1].validation["top1"] for path in (older, newer)]
+    best = newer if top1[1] > top1[0] else older
+    for which, step in (((), newer.name), (("--best",), best.name)):
         evaluate("--checkpoint", copy, *which, *options)
         assert step == f"step-{json.loads(target.read_text())['step']:08}"
 

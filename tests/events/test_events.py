@@ -167,7 +167,7 @@ def test_late_frames_are_counted_and_ctrl_c_ends_with_a_summary(
         (["other.dat"], f"is outside the {DEFAULT_SENSOR} sensor, as are "),
         (["it.npz", "--output", "it.png"], "--output: it.png must end in .gif"),
         (["it.npz", "--output", "nosuch/it.gif"], "--output: cannot write nosuch/it.gif: name"),
-        (["it.npz", "--best"], "best is damaged"),
+        (["it.npz", "--best"], " is damaged: the header of model.safetensors cannot be read"),
     ],
 )
 def test_what_cannot_be_replayed_is_refused_before_the_first_frame(
@@ -176,7 +176,7 @@ def test_what_cannot_be_replayed_is_refused_before_the_first_frame(
     np.savez(tmp_path / "other.npz", **MADE._asdict(), width=99, height=99)
     other = MADE._replace(x=MADE.x + 29 * (MADE.t > MADE.t[0]))
     (tmp_path / "other.dat").write_bytes(cameras.dat(other, header="% Version 2\n"))
-    (run / "checkpoints" / "best").write_text("none")
+    (run / "checkpoints" / "step-00000000").mkdir(exist_ok=True)
     assert tool("replay").main([str(tmp_path / given[0]), *command[1:], "--fast", *given[1:]]) == 2
     shown = capfd.readouterr()
     assert refusal in shown.err

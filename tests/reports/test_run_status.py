@@ -5,8 +5,10 @@ import json
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
+from safetensors.numpy import save_file
 
 from tetdist.apps.cli import status as command
 from tetdist.apps.reports.run_status import as_table, as_text, find_runs, read_status
@@ -15,7 +17,6 @@ from tetdist.apps.slurm.status import read
 
 CONFIG = {"phases": [{"epochs": 3}, {"epochs": 1}], "max_steps": None, "precision": "fp32"}
 CONFIG |= {"model": {"name": "sew_resnet18"}, "data": {"kind": "images", "image_size": 64}}
-NAMES_NONE = "is damaged: it must hold the name of a checkpoint, such as step-00000040, not"
 
 
 def train_line(step):
@@ -37,12 +38,14 @@ def made(folder, lines, saved, **config):
     if lines:
         text = "".join(json.dumps({"time": time.time() - 60} | line) + "\n" for line in lines)
         (folder / "metrics.jsonl").write_text(text)
-    for name, step in {"best": 5, "last": saved}.items():
-        if saved is not None:
-            (folder / "checkpoints" / f"step-{step:08d}.1").mkdir(parents=True)
-            (folder / "checkpoints" / name).write_text(f"step-{step:08d}.1\n")
-            state = folder / "checkpoints" / f"step-{step:08d}.1" / "state.json"
-            state.write_text('{"world_size": 2}')
+    for step, top1 in {} if saved is None else {5: 70.0, saved: 60.0}.items():
+        path = folder / "checkpoints" / f"step-{step:08d}.1"
+        path.mkdir(parents=True)
+        (path / "manifest.json").write_text('{"files": {"model.safetensors": {}}}')
+        (path / "state.json").write_text('{"world_size": 2}')
+        described = json.dumps({"validation": {"top1": top1, "top5": 99.0}})
+        weights = {"weight": np.zeros(1)}
+        save_file(weights, path / "model.safetensors", metadata={"tetdist": described})
     (folder / ".lock").touch()
     return folder
 
@@ -189,8 +192,6 @@ def test_no_run_is_none_yet(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("name", "text", "expected"),
     [
-        ("checkpoints/last", "step-x", f"last {NAMES_NONE} 'step-x'; write"),
-        ("checkpoints/last", "..", f"last {NAMES_NONE} '..'; write"),
         (
             "config.yaml",
             "phases: [{epochs: 1}]\nmax_steps: abc",

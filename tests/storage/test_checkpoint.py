@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from tetdist.errors import UserError
-from tetdist.storage import checkpoint, foreign_files
+from tetdist.storage import checkpoint, foreign_files, selection
 from tetdist.storage.checkpoint import Description
 
 
@@ -32,13 +32,20 @@ def trained(seed, width=4):
     return model, optimizer
 
 
-def save(folder, step, *, keep_last=10, best=False, best_average=None, seed=None):
-    """Save a checkpoint, with an average of its weights if `best_average` is given."""
+def evaluated(top1):
+    return None if top1 is None else {"top1": top1, "top5": 99.0}
+
+
+def save(folder, step, *, keep_last=10, top1=None, average_top1=None, seed=None):
+    """Save a checkpoint, with an average of its weights if `average_top1` is given."""
     model, optimizer = trained(step if seed is None else seed)
-    description = Description(config={}, classes=["a"], timesteps=1, step=step)
+    description = Description(
+        config={}, classes=["a"], timesteps=1, step=step, validation=evaluated(top1)
+    )
     average = None
-    if best_average is not None:
-        average = checkpoint.Average(model.state_dict(), description, best_average)
+    if average_top1 is not None:
+        described = description.model_copy(update={"validation": evaluated(average_top1)})
+        average = checkpoint.Average(model.state_dict(), described)
     return checkpoint.save(
         folder,
         model=model,
@@ -46,9 +53,12 @@ def save(folder, step, *, keep_last=10, best=False, best_average=None, seed=None
         description=description,
         state={"step": step, "result": {"top1": step / 3}},
         keep_last=keep_last,
-        best=best,
         average=average,
     )
+
+
+def step_of(path):
+    return selection.step_and_repeat(path)[0]
 
 
 def names(folder):
@@ -71,7 +81,8 @@ def test_round_trip(tmp_path):
     for i, state in optimizer.state_dict()["state"].items():
         assert all(torch.equal(state[key], theirs[i][key]) for key in state)
     weights, description = checkpoint.load_model_file(path)
-    assert description == Description(config={}, classes=["a"], timesteps=1, step=7)
+    expected = Description(config={}, classes=["a"], timesteps=1, step=7, validation=None)
+    assert description == expected
     assert weights.keys() == model.state_dict().keys()
 
 
@@ -118,15 +129,58 @@ def test_damaged_manifest(manifest, tmp_path, caplog):
 
 def test_last_ones_and_the_best_are_kept(tmp_path):
     for step in range(1, 7):
-        save(tmp_path, step, keep_last=2, best=step == 2, best_average=step == 3)
-    pointers = ["best", "best-ema", "last"]
-    assert names(tmp_path) == pointers + [f"step-{step:08}" for step in (2, 3, 5, 6)]
-    assert (tmp_path / "last").read_text().strip() == "step-00000006"
-    assert (tmp_path / "best").read_text().strip() == "step-00000002"
-    save(tmp_path, 7, keep_last=2, best=True, best_average=False)
-    assert names(tmp_path) == pointers + [f"step-{step:08}" for step in (3, 6, 7)]
+        # Several are as good; the first of them counts.
+        top1, average_top1 = min(step, 2) * 10.0, min(step, 3) * 10.0
+        save(tmp_path, step, keep_last=2, top1=top1, average_top1=average_top1)
+    assert names(tmp_path) == [f"step-{step:08}" for step in (2, 3, 5, 6)]
+    # What earlier versions wrote is ignored.
+    for pointer in ("last", "best", "best-ema"):
+        (tmp_path / pointer).write_text("step-00000005\n")
+    assert checkpoint.load_model_file(tmp_path)[1].step == 6
+    assert checkpoint.load_model_file(tmp_path, "best")[1].step == 2
+    save(tmp_path, 7, keep_last=2, top1=30.0, average_top1=20.0)
+    assert [step_of(path) for path in selection.all_in(tmp_path)] == [3, 6, 7]
     assert checkpoint.load_model_file(tmp_path, "best")[1].step == 7
     assert checkpoint.load_model_file(tmp_path, "best", ema=True)[1].step == 3
+    save(tmp_path, 8, keep_last=1, average_top1=20.0)  # between evaluations
+    assert [step_of(path) for path in selection.all_in(tmp_path)] == [3, 7, 8]
+
+
+def test_a_damaged_best_is_refused_and_kept(tmp_path):
+    """Another one never takes its place, be the header readable or not."""
+    for step, top1 in ((1, 10.0), (2, 30.0), (3, 20.0)):
+        save(tmp_path, step, top1=top1, average_top1=top1)
+    best = selection.best(tmp_path)
+    assert step_of(best) == 2
+    whole = {file.name: file.read_bytes() for file in best.iterdir()}
+    for name, damage, words in (
+        ("model.safetensors", flip_byte, "its checksum differs"),
+        ("model.safetensors", empty, "it may be the best one"),
+        ("model.safetensors", Path.unlink, "it may be the best one"),
+        ("manifest.json", cut, "it may be the best one"),
+    ):
+        damage(best / name)
+        with pytest.raises(UserError, match=f"{best} is damaged: .*{words}"):
+            checkpoint.load_model_file(tmp_path, "best")
+        save(tmp_path, 4, keep_last=1, average_top1=20.0)
+        assert best in selection.all_in(tmp_path)
+        (best / name).write_bytes(whole[name])
+    (best / "ema.safetensors").unlink()
+    with pytest.raises(UserError, match=r"the header of ema\.safetensors cannot be read"):
+        checkpoint.load_model_file(tmp_path, "best", ema=True)
+
+
+def test_of_a_step_the_last_repeat_is_the_best(tmp_path):
+    """Also where a run resumed before damaged checkpoints, which it does not delete for later."""
+    for step, top1 in ((1, 10.0), (2, 30.0), (2, 30.0)):
+        save(tmp_path, step, top1=top1)
+    assert selection.best(tmp_path).name == "step-00000002.1"
+    assert selection.last(tmp_path).name == "step-00000002.1"
+    for step in (8, 9):
+        save(tmp_path, step)
+    path = save(tmp_path, 5, keep_last=1)
+    assert [step_of(path) for path in selection.all_in(tmp_path)] == [2, 5, 8, 9]
+    assert path in selection.all_in(tmp_path)
 
 
 def test_same_step_again_replaces(tmp_path):
@@ -138,8 +192,8 @@ def test_same_step_again_replaces(tmp_path):
         found = checkpoint.newest(tmp_path)
         assert found.path == path
         assert torch.equal(found.model["0.weight"], trained(number)[0].state_dict()["0.weight"])
-        assert names(tmp_path) == ["last", "step-00000001", path.name]
-        assert (tmp_path / "last").read_text().strip() == path.name
+        assert names(tmp_path) == ["step-00000001", path.name]
+        assert selection.last(tmp_path) == path
 
 
 def test_leftovers_of_a_kill_are_ignored_and_then_removed(tmp_path):
@@ -150,7 +204,7 @@ def test_leftovers_of_a_kill_are_ignored_and_then_removed(tmp_path):
     found = checkpoint.newest(tmp_path)
     assert found.path.name == "step-00000001"
     save(tmp_path, 2)
-    assert names(tmp_path) == ["last", "step-00000001", "step-00000002"]
+    assert names(tmp_path) == ["step-00000001", "step-00000002"]
 
 
 @pytest.fixture
@@ -176,7 +230,7 @@ def small_disk(tmp_path):
 @pytest.mark.parametrize("left", [0, 4096, 12288, 20480])
 def test_full_disk_leaves_the_earlier_ones(left, small_disk):
     folder = small_disk / "checkpoints"
-    save(folder, 1, best=True)
+    save(folder, 1)
     stat = os.statvfs(small_disk)
     free = stat.f_bavail * stat.f_frsize
     # However little room is left: none, or enough for the first files only.
@@ -186,18 +240,15 @@ def test_full_disk_leaves_the_earlier_ones(left, small_disk):
     assert "\n" not in str(caught.value)
     assert str(folder) in str(caught.value)
     found = checkpoint.newest(folder)
-    # 2: all of it found room, and only the pointer to it did not.
-    assert found.state["step"] == 1 or left == 20480
+    assert found.state["step"] == 1
     assert checkpoint.load_model_file(folder)[1].step == 1
     # And with room again all goes on.
     (small_disk / "filler").unlink()
     save(folder, 2)
-    # A second one of step 2 where the first was whole and only the pointer to it was not.
-    steps = [name.split(".")[0] for name in names(folder)]
-    assert steps == ["best", "last", "step-00000001", "step-00000002"]
+    assert names(folder) == ["step-00000001", "step-00000002"]
 
 
-def test_kill_while_saving_always_leaves_a_whole_newest(farm, tmp_path):
+def test_kill_while_saving_always_leaves_a_whole_newest_and_the_best(farm, tmp_path):
     """SIGKILL at each of the places where the state of the disk changes."""
     code = f"""
         import itertools, os, signal, sys
@@ -213,26 +264,33 @@ def test_kill_while_saving_always_leaves_a_whole_newest(farm, tmp_path):
                         os.kill(os.getpid(), signal.SIGKILL)
 
         # One start for all the places: each is tried in a child of this process.
-        for again in (1, 2):
+        for again, top1 in ((1, 50), (2, 50), (3, 20), (3, 50)):
             for at in range(200):
-                folder = Path(sys.argv[1]) / f"{{again}}-{{at}}"
-                t.save(folder, 1)
+                folder = Path(sys.argv[1]) / f"{{again}}-{{top1}}-{{at}}"
+                t.save(folder, 1, top1=40, average_top1=30)
+                if again == 3:
+                    t.save(folder, 2, top1=30, average_top1=40)
                 calls = itertools.count()
                 child = os.fork()
                 if child == 0:
                     sys.addaudithook(audit)
-                    t.save(folder, again, keep_last=2, best=True)
+                    t.save(folder, again, keep_last=1, top1=top1, average_top1=top1 / 2)
                     os._exit(0)
                 _, status = os.waitpid(child, 0)
                 if not os.WIFSIGNALED(status):
                     break
-                found = t.checkpoint.newest(folder)
-                try:
-                    shown = t.checkpoint.load_model_file(folder)[1].step
-                except t.UserError:
-                    shown = None
-                print(again, at, found and found.state["step"], shown, flush=True)
-                t.save(folder, 3)
+                newest = t.checkpoint.newest(folder)
+                last = t.checkpoint.load_model_file(folder)[1].step
+                is_saved = newest.path.name not in ("step-00000001", "step-00000002")
+                is_saved |= newest.path.name == "step-00000002" and again == 2
+                best, of_best = t.checkpoint.load_model_file(folder, "best")
+                average = t.checkpoint.load_model_file(folder, "best", ema=True)[1]
+                expected = max(40, top1) if is_saved else 40
+                assert of_best.validation["top1"] == expected, (at, of_best, t.names(folder))
+                expected = max([30, top1 / 2][: 1 + is_saved] + [40] * (again == 3))
+                assert average.validation["top1"] == expected, (at, average, t.names(folder))
+                print(again, at, newest.state["step"], last, is_saved, flush=True)
+                t.save(folder, 4)
                 rest = t.names(folder)
                 assert [n for n in rest if n.startswith(".step")] == [], rest
     """
@@ -240,10 +298,12 @@ def test_kill_while_saving_always_leaves_a_whole_newest(farm, tmp_path):
     ((status, output),) = farm.side_by_side(1, command, tmp_path)
     assert status == 0, output
     lines = [line.split() for line in output.splitlines()]
-    for again in ("1", "2"):
+    for again in ("1", "2", "3"):
         killed = [line for line in lines if line[0] == again]
         assert len(killed) > 12, output  # it was killed at as many places
-        assert all({newest, shown} <= {"1", again} for _, _, newest, shown in killed), output
+        assert {is_saved for *_, is_saved in killed} == {"True", "False"}, output
+        earlier = "2" if again == "3" else "1"
+        assert all(newest == last in (earlier, again) for _, _, newest, last, _ in killed), output
 
 
 def test_other_model_is_recognised(tmp_path):
@@ -290,7 +350,7 @@ def test_other_format_is_named(tmp_path):
 def test_model_file_by_each_of_its_names(tmp_path):
     run = tmp_path / "run"
     for step in (1, 2):
-        save(run / "checkpoints", step, best=step == 1)
+        save(run / "checkpoints", step, top1=30.0 - step)
     steps = {
         checkpoint.load_model_file(path, which)[1].step
         for path, which in [
@@ -344,12 +404,6 @@ def test_model_file_errors(tmp_path):
     expected = "another version of tetdist: timesteps cannot be read"
     assert expected in problem(tmp_path / "odd.safetensors")
     assert "has no description of its model" in problem(tmp_path / "foreign.safetensors")
-    last = tmp_path / "run" / "checkpoints" / "last"
-    last.write_text("step-99999999\n")
-    assert "step-99999999" in problem(tmp_path / "run")
-    for data in (b"\xff\xfe", b"..\n", b""):
-        last.write_bytes(data)
-        assert f"{last} is damaged: " in problem(tmp_path / "run")
 
 
 @pytest.mark.parametrize(

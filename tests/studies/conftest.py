@@ -105,7 +105,6 @@ def finish(run, top1):
     checkpoint = run.folder / "checkpoints" / "step-00000010"
     checkpoint.mkdir(parents=True)
     (checkpoint / "state.json").write_text(json.dumps({"step": 10, "evaluated_step": 10}))
-    (checkpoint.parent / "last").write_text(checkpoint.name)
     (run.folder / "config.yaml").write_text(run.config.as_yaml())
     lines = [
         # 5 steps of 8 samples at 10 a second, and as many at 20; one seed was held up.

@@ -16,7 +16,7 @@ from tetdist.apps.weights import export
 from tetdist.apps.weights.trained import load
 from tetdist.config.sections.training import EmaSection
 from tetdist.errors import UserError
-from tetdist.storage import checkpoint
+from tetdist.storage import checkpoint, selection
 from tetdist.training.ema import WeightAverage, decay_at
 
 APPLIED, GIVEN_UP = torch.tensor(True), torch.tensor(False)
@@ -158,7 +158,8 @@ def test_evaluated_beside_the_weights_and_chosen_by_itself(run):
         ours["loss"] != theirs["loss"] for ours, theirs in zip(averages, weights, strict=True)
     )
     (final,) = tiny.metrics(run, "final")
-    for lines, prefix, pointer in ((weights, "", "best"), (averages, "ema_", "best-ema")):
+    kinds = ((weights, "", "model.safetensors"), (averages, "ema_", "ema.safetensors"))
+    for lines, prefix, file in kinds:
         best = max(lines, key=lambda line: line["top1"])
         assert [line["best_top1"] for line in lines][-1] == best["top1"]
         assert final[f"{prefix}top1"] == lines[-1]["top1"]
@@ -167,7 +168,7 @@ def test_evaluated_beside_the_weights_and_chosen_by_itself(run):
             best["step"],
         )
         name = f"step-{best['step']:08}"
-        assert (run / "checkpoints" / pointer).read_text().strip() == name
+        assert selection.best(run / "checkpoints", file).name == name
 
 
 @pytest.mark.usefixtures("one_thread")

@@ -17,7 +17,7 @@ from tiny import expect, refused
 
 from tetdist.config.loading import load
 from tetdist.datasets import index
-from tetdist.storage import checkpoint
+from tetdist.storage import checkpoint, selection
 from tetdist.training import prepared
 from tetdist.training import step as step_module
 from tetdist.training.engines import base
@@ -162,7 +162,7 @@ def test_finished_run_says_so_and_changes_nothing(main, tiny_config, tmp_path, m
     # It is only finished with a checkpoint of its end, which a crash may have prevented.
     config = load(str(file))
     assert is_trained(config)
-    (run / "checkpoints/last").write_text("step-00000005\n")
+    shutil.rmtree(tiny.newest(run))
     assert not is_trained(config)
 
 
@@ -532,9 +532,8 @@ def test_mlflow_has_the_run_with_its_tags_and_artifacts(farm, tiny_config, tmp_p
     assert losses == [(line["step"], line["loss"]) for line in tiny.metrics(run, "train")]
     params, tags = (dict(rows(f"select key, value from {table}")) for table in ("params", "tags"))
     assert params["phases.0.optimizer.lr"] == "0.05"
-    for tag, which in (("checkpoint", "last"), ("best_checkpoint", "best")):
-        newest = (run / "checkpoints" / which).read_text().strip()
-        assert tags[tag] == str(run / "checkpoints" / newest)
+    assert tags["checkpoint"] == str(tiny.newest(run))
+    assert tags["best_checkpoint"] == str(selection.best(run / "checkpoints"))
     assert Path(tags["run_dir"]) == run
     assert (tags["split"], tags["timesteps"]) == ("val", "1 to 3 then 1 or 2")
     assert (tags["loss"], tags["self_distillation"]) == ("sdt then tet", "0.5")

@@ -7,12 +7,10 @@
             optimizer.pt        the optimiser's tensors (read with weights_only=True)
             state.json          step, metrics so far, versions
             manifest.json       size and SHA-256 of the other files; written last
-        last                    name of the newest checkpoint
-        best                    name of the one with the best validation accuracy
-        best-ema                name of the one with the best moving average
 
 A checkpoint is made in a hidden folder beside its place, forced to the disk, and renamed. A kill
-or a full disk at any moment leaves earlier checkpoints unchanged. Loading never executes code.
+or a full disk at any moment leaves earlier checkpoints unchanged. selection.py finds the last and
+the best one. Loading never executes code.
 """
 
 import errno
@@ -22,7 +20,7 @@ import logging
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -34,15 +32,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from tetdist.errors import UserError, typed, way_out
-from tetdist.storage import foreign_files, hub
-from tetdist.storage.files import checkpoint_at, made_aside, parse_json, remove, write_text
+from tetdist.storage import foreign_files, hub, selection
+from tetdist.storage.files import made_aside, parse_json, remove
+from tetdist.storage.selection import EMA_FILE, MANIFEST_FILE, MODEL_FILE
 from tetdist.wording import counted
 
 logger = logging.getLogger(__name__)
 
-MODEL_FILE, OPTIMIZER_FILE, STATE_FILE = "model.safetensors", "optimizer.pt", "state.json"
-EMA_FILE, BEST_EMA = "ema.safetensors", "best-ema"
-MANIFEST_FILE = "manifest.json"
+OPTIMIZER_FILE, STATE_FILE = "optimizer.pt", "state.json"
 FORMAT_VERSION = 1
 
 
@@ -80,15 +77,10 @@ class Description(BaseModel):
 
 @dataclass(frozen=True)
 class Average:
-    """A moving average of the weights, stored in the same checkpoint.
-
-    Attributes:
-        best: True if it is the best average so far.
-    """
+    """A moving average of the weights, stored in the same checkpoint."""
 
     weights: dict[str, Tensor]
     description: Description
-    best: bool
 
 
 @dataclass(frozen=True)
@@ -116,7 +108,6 @@ def save(
     description: Description,
     state: dict[str, Any],
     keep_last: int,
-    best: bool,
     average: Average | None = None,
 ) -> Path:
     """Write the checkpoint of ``state["step"]`` and delete old ones.
@@ -126,7 +117,6 @@ def save(
         model: The model, or its state.
         state: JSON values.
         keep_last: Number of newest checkpoints to keep, besides the best ones.
-        best: True if this is the best one so far.
 
     Returns:
         The checkpoint's folder.
@@ -142,7 +132,8 @@ def save(
             remove(leftover)
         # A run that was stopped while evaluating, or resumes before a damaged checkpoint, saves the
         # same step twice. The second gets another name, because replacing a folder is not atomic.
-        repeats = [int(path.suffix[1:] or 0) for path in folder.glob(f"{name}*")]
+        saved = map(selection.step_and_repeat, selection.all_in(folder))
+        repeats = [repeat for step, repeat in saved if step == state["step"]]
         target = folder / (f"{name}.{max(repeats) + 1}" if repeats else name)
         with made_aside(target) as aside, _full_disk_named(folder):
             aside.mkdir()
@@ -154,17 +145,13 @@ def save(
             (aside / STATE_FILE).write_text(json.dumps(state, indent=1))
             files = {path.name: _describe(path) for path in sorted(aside.iterdir())}
             (aside / MANIFEST_FILE).write_text(json.dumps({"files": files}, indent=1))
-        best_average = average is not None and average.best
-        pointers = {"last": True, "best": best, BEST_EMA: best_average}
-        for pointer in (name for name, moves in pointers.items() if moves):
-            write_text(folder / pointer, f"{target.name}\n")
     except (OSError, RuntimeError, SafetensorError) as error:
         raise UserError(
             f"the checkpoint of step {state['step']} could not be written to {folder} "
             f"({_reason(error)}); earlier ones are unchanged: {way_out(error)}, and run the same "
             "command again"
         ) from error
-    _delete_old(folder, keep_last)
+    _delete_old(target, keep_last)
     return target
 
 
@@ -191,7 +178,7 @@ def newest(folder: Path) -> Checkpoint | None:
     Returns:
         None if there is no checkpoint at all.
     """
-    paths = _all(folder)[::-1]
+    paths = selection.all_in(folder)[::-1]
     for path in paths:
         problem = verify(path)
         if problem is None:
@@ -298,7 +285,7 @@ def _write_weights(path: Path, weights: dict[str, Tensor], description: Descript
     path.chmod(mode)  # save_file lets only the owner read
 
 
-def _model_file(path: Path, which: str) -> Path:
+def _model_file(path: Path, which: str, ranked_by: str = MODEL_FILE) -> Path:
     hub.check_source(path)
     if which != "last" and (not path.is_dir() or (path / MODEL_FILE).is_file()):
         raise UserError(f"--best: {path} is not a run of several checkpoints; leave out --best")
@@ -315,13 +302,17 @@ def _model_file(path: Path, which: str) -> Path:
         folder = path
     else:
         checkpoints = path / "checkpoints" if (path / "checkpoints").is_dir() else path
-        pointer = checkpoints / which
-        if not pointer.is_file():
+        selected = (
+            selection.last(checkpoints)
+            if which == "last"
+            else selection.best(checkpoints, ranked_by)
+        )
+        if selected is None:
             raise UserError(
                 f"there is no {which} checkpoint in {path}; give the folder of a run, of a "
                 "checkpoint or of an export, or a .safetensors file"
             )
-        folder = checkpoint_at(pointer)
+        folder = selected
     problem = verify(folder)
     if problem is not None:
         raise UserError(f"the checkpoint {folder} is damaged: {problem}; use another one")
@@ -335,7 +326,7 @@ def _ema_file(path: Path, which: str) -> Path:
             f"--ema: {path} has no moving average of its weights, which only runs with "
             "ema.decay=... have; leave out --ema"
         )
-    return _model_file(path, BEST_EMA).with_name(EMA_FILE) if which == "best" else file
+    return _model_file(path, which, EMA_FILE).with_name(EMA_FILE) if which == "best" else file
 
 
 def write_model_file(path: Path, weights: dict[str, Tensor], description: Description) -> None:
@@ -383,25 +374,21 @@ def check_weights(own: dict[str, Tensor], weights: dict[str, Tensor], source: Pa
     foreign_files.check_values(weights, source, own)
 
 
-def _all(folder: Path) -> list[Path]:
-    """Return all checkpoints, oldest first; repeats of a step follow its first one."""
+def _delete_old(newest_path: Path, keep_last: int) -> None:
+    """Delete the older checkpoints, but for some and the best ones, and leave nothing half deleted.
 
-    def order(path: Path) -> tuple[str, int]:
-        step, _, repeat = path.name.partition(".")
-        return step, int(repeat) if repeat.isdigit() else 0
-
-    return sorted(folder.glob("step-*"), key=order)
-
-
-def _delete_old(folder: Path, keep_last: int) -> None:
-    best = [folder / name for name in ("best", BEST_EMA)]
-    kept = {pointer.read_text(errors="replace").strip() for pointer in best if pointer.is_file()}
-    *older, newest_path = _all(folder)
-    repeated = [path for path in older if path.name.split(".")[0] == newest_path.name.split(".")[0]]
-    distinct = [path for path in older if path not in repeated]
-    for path in repeated + distinct[: -keep_last + 1]:
-        if path.name not in kept:
-            remove(path)
+    Later ones are damaged, and the run resumed before them.
+    """
+    paths, kept = selection.all_in(newest_path.parent), selection.never_pruned(newest_path.parent)
+    older, step = paths[: paths.index(newest_path)], newest_path.name.partition(".")[0]
+    repeated = [path for path in older if path.name.partition(".")[0] == step]
+    distinct = older[: len(older) - len(repeated)]
+    for path in repeated + distinct[: max(0, len(distinct) + 1 - keep_last)]:
+        if path not in kept:
+            hidden = path.with_name(f".{path.name}")
+            with suppress(OSError):
+                path.rename(hidden)
+            remove(hidden)
 
 
 def _describe(path: Path) -> dict[str, Any]:

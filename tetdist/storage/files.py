@@ -127,17 +127,6 @@ def read_text(path: Path) -> str:
         return file.read().decode()
 
 
-def checkpoint_at(pointer: Path) -> Path:
-    """Return the checkpoint named in the file ``last``, ``best`` or ``best-ema``."""
-    name = pointer.read_text(errors="replace").strip()
-    if not re.fullmatch(r"step-\d+(\.\d+)?", name):
-        raise UserError(
-            f"{pointer} is damaged: it must hold the name of a checkpoint, such as step-00000040, "
-            f"not {name[:80]!r}; write the newest one's name into it"
-        )
-    return pointer.with_name(name)
-
-
 def _is_pipe_or_device(path: Path) -> bool:
     """Return whether a path exists and is neither a file nor a folder.
 

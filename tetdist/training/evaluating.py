@@ -15,16 +15,10 @@ WEIGHTS, AVERAGE = "val", "val_ema"
 
 
 class Evaluated(NamedTuple):
-    """One evaluation.
-
-    Attributes:
-        kind: WEIGHTS or AVERAGE.
-        is_best: True if it is the best of its kind so far.
-    """
+    """One evaluation, of the kind WEIGHTS or AVERAGE."""
 
     kind: str
     values: dict[str, Any]
-    is_best: bool = False
 
     @property
     def validation(self) -> dict[str, float]:
@@ -95,13 +89,12 @@ class Evaluations:
         self.progress(samples, total // self.run.world.world_size or 1)
 
     def _scored(self, step: int, kind: str, values: dict[str, Any]) -> Evaluated:
-        """Record the result, and whether it is the best of its kind."""
+        """Record the result, and the best one of its kind so far."""
         prefix = {WEIGHTS: "", AVERAGE: "ema_"}[kind]
-        is_best = values["top1"] > self.result.get(f"{prefix}best_top1", -math.inf)
-        if is_best:
+        if values["top1"] > self.result.get(f"{prefix}best_top1", -math.inf):
             self.result |= {f"{prefix}best_top1": values["top1"], f"{prefix}best_step": step}
         self.result[f"{prefix}top1"] = values["top1"]
         values["best_top1"] = self.result[f"{prefix}best_top1"]
         if self.run.data_split:
             values["data_split"] = self.run.data_split
-        return Evaluated(kind, values, is_best)
+        return Evaluated(kind, values)

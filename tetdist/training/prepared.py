@@ -19,7 +19,7 @@ from tetdist.models import SpikingNetwork
 from tetdist.network import choose_kernels, make_model
 from tetdist.nn import batch_norm, neurons
 from tetdist.nn.precision import choose_algorithms, parameter_type
-from tetdist.storage import checkpoint
+from tetdist.storage import checkpoint, selection
 from tetdist.tracking.progress import RunProgress
 from tetdist.training.schedule import Phase, image_timesteps, phase_at, schedule_phases
 from tetdist.wording import counted
@@ -130,7 +130,7 @@ def _prepare(config: RunConfig, world: World) -> Prepared:
 
 def resumes(config: RunConfig) -> bool:
     """Return whether a run has a checkpoint of its own, and needs no initial weights."""
-    return any((config.run_dir / "checkpoints").glob("step-*"))
+    return selection.last(config.run_dir / "checkpoints") is not None
 
 
 def _load_initial_weights(

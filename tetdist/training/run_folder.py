@@ -13,8 +13,8 @@ from tetdist.config.yaml_files import read_yaml
 from tetdist.distributed.world import World
 from tetdist.errors import UserError, way_out
 from tetdist.plugins import import_files
-from tetdist.storage import checkpoint
-from tetdist.storage.files import checkpoint_at, parse_json, write_json, write_text
+from tetdist.storage import checkpoint, selection
+from tetdist.storage.files import parse_json, write_json, write_text
 from tetdist.tracking import environment, metrics_file
 from tetdist.tracking.trackers import check_tracker
 
@@ -98,7 +98,7 @@ class RunFolder:
         write_json(file, own)
 
     def _saved(self) -> bool:
-        return any(self.checkpoints.glob("step-*"))
+        return selection.last(self.checkpoints) is not None
 
     def _check_same_run(self, imported: list[plugins.Imported]) -> None:
         file, metrics = self.path / "config.yaml", self.path / "metrics.jsonl"
@@ -160,9 +160,11 @@ def is_trained(config: RunConfig) -> bool:
 
 
 def _saved_evaluation(config: RunConfig) -> int | None:
-    """Return the last evaluated step that a checkpoint records."""
+    """Return the last evaluated step that the last checkpoint records."""
+    newest = selection.last(config.run_dir / "checkpoints")
+    if newest is None:
+        return None
     try:
-        newest = checkpoint_at(config.run_dir / "checkpoints" / "last")
         return int(json.loads((newest / checkpoint.STATE_FILE).read_text())["evaluated_step"])
     except (OSError, ValueError, KeyError):
         return None

@@ -2,17 +2,16 @@
 
 import platform
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from tetdist.config.flags import import_flags
 from tetdist.config.identity import flatten
 from tetdist.distributed.signals import StopRequest
-from tetdist.errors import Stopped, typed
+from tetdist.errors import Stopped, UserError, typed
 from tetdist.plugins import without_losses
-from tetdist.storage import checkpoint
-from tetdist.storage.files import checkpoint_at
+from tetdist.storage import selection
 from tetdist.tracking import environment
 from tetdist.tracking.mlflow_logger import Destination
 from tetdist.tracking.tracker import Tracker
@@ -39,15 +38,12 @@ class Launcher:
 
 def show_checkpoints(tracker: Tracker, checkpoints: Path) -> None:
     """Record in MLflow where the last and the best checkpoints are; they may be the same."""
-    tags = {
-        "last": "checkpoint",
-        "best": "best_checkpoint",
-        checkpoint.BEST_EMA: "best_ema_checkpoint",
-    }
-    for which, tag in tags.items():
-        pointer = checkpoints / which
-        if pointer.is_file():
-            path = checkpoint_at(pointer)
+    paths = {"checkpoint": selection.last(checkpoints)}
+    with suppress(UserError):  # A damaged one may be the best; its evaluation says so.
+        paths["best_checkpoint"] = selection.best(checkpoints)
+        paths["best_ema_checkpoint"] = selection.best(checkpoints, selection.EMA_FILE)
+    for tag, path in paths.items():
+        if path is not None:
             tracker.set_tag(tag, str(path.resolve()))
 
 
@@ -96,10 +92,15 @@ class RunRecord:
 
     def _log_checkpoint(self, tracker: Tracker) -> None:
         """Upload the checkpoint of a finished run to MLflow, if configured."""
-        which = self.config.tracking.log_checkpoint
-        pointer = self.config.run_dir / "checkpoints" / which
-        if which != "none" and pointer.is_file():
-            tracker.artifact(checkpoint_at(pointer) / checkpoint.MODEL_FILE)
+        which, checkpoints = (
+            self.config.tracking.log_checkpoint,
+            self.config.run_dir / "checkpoints",
+        )
+        if which == "none":
+            return
+        path = selection.last(checkpoints) if which == "last" else selection.best(checkpoints)
+        if path is not None:
+            tracker.artifact(path / selection.MODEL_FILE)
 
     @property
     def _evaluated_on(self) -> str:

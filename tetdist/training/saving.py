@@ -64,8 +64,7 @@ class Saving:
             validation = of_average and of_average.validation
             changes = {"validation": validation, "averaged": average.as_text()}
             theirs = description.model_copy(update=changes)
-            is_best = of_average is not None and of_average.is_best
-            averaged = checkpoint.Average(copy_to_host(average.state_dict()), theirs, is_best)
+            averaged = checkpoint.Average(copy_to_host(average.state_dict()), theirs)
         copied = torch.cuda.Event(blocking=True) if run.world.device.type == "cuda" else None
         if copied is not None:
             copied.record()
@@ -81,7 +80,6 @@ class Saving:
                 description=description,
                 state=values,
                 keep_last=run.config.save.keep_last,
-                best=of_weights is not None and of_weights.is_best,
                 average=averaged,
             )
             show_checkpoints(tracker, folder)

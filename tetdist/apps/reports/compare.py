@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from tetdist.apps.reports import style
 from tetdist.apps.reports.run_status import read_status
 from tetdist.errors import UserError
+from tetdist.storage import selection
 from tetdist.tables import aligned, number
 from tetdist.tracking.metrics_file import each_line, points_of
 from tetdist.tracking.progress import held_out
@@ -246,8 +247,8 @@ def _weights(a: Run, b: Run) -> tuple[bool, str]:
 
 def _checkpoints(folder: Path) -> dict[int, Path]:
     """Return a run's checkpoints by step; of several of a step, the last one."""
-    found = sorted((folder / "checkpoints").glob("step-*"))
-    return {int(path.stem.removeprefix("step-")): path for path in found}
+    paths = selection.all_in(folder / "checkpoints")
+    return {selection.step_and_repeat(path)[0]: path for path in paths}
 
 
 def _is_identical(a: "Tensor | None", b: "Tensor | None") -> bool:

@@ -9,13 +9,15 @@ import math
 import statistics
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from tetdist.config.yaml_files import read_yaml
 from tetdist.errors import UserError
-from tetdist.storage.files import checkpoint_at, is_held, parse_json, read_text
+from tetdist.storage import selection
+from tetdist.storage.files import is_held, parse_json, read_text
 from tetdist.tables import aligned, number
 from tetdist.tracking.metrics_file import from_end
 from tetdist.tracking.progress import held_out, slowest_rank
@@ -122,11 +124,13 @@ def read_status(folder: Path, job: JobStatus | None = None) -> RunStatus:
     last_step = None
     if step and epoch:
         last_step = int(min(epochs * round(step / epoch), most))
-    checkpoint = _checkpoint(folder, "last")
+    checkpoint = selection.last(folder / "checkpoints")
     saved = _step_of(checkpoint)
     best_top1 = val.get("best_top1")
     is_best = best_top1 is not None and val["top1"] == best_top1 and val["step"] > saved
-    best = _checkpoint(folder, "best")
+    best = None
+    with suppress(UserError):  # A damaged one may be the best; its evaluation says so.
+        best = selection.best(folder / "checkpoints")
     state, text = _state(folder, end, saved, job)
     return RunStatus(
         run=folder.resolve().name,
@@ -225,18 +229,9 @@ def _state(folder: Path, end: dict[str, Any], saved: int, job: JobStatus | None)
     return "stopped", "saved; the same command continues"
 
 
-def _checkpoint(folder: Path, which: str) -> Path | None:
-    """Return the checkpoint that the pointer ``last`` or ``best`` names, if it exists."""
-    pointer = folder / "checkpoints" / which
-    if not pointer.is_file():
-        return None
-    path = checkpoint_at(pointer)
-    return path if path.is_dir() else None
-
-
 def _step_of(checkpoint: Path | None) -> int:
     """Return a checkpoint's step, by its name; 0 without a checkpoint."""
-    return int(checkpoint.name[len("step-") :].partition(".")[0]) if checkpoint else 0
+    return 0 if checkpoint is None else selection.step_and_repeat(checkpoint)[0]
 
 
 def _bytes_of(folder: Path) -> int:

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from tetdist.errors import UserError, typed
+from tetdist.storage import selection
 from tetdist.storage.files import explaining, write_json, write_text
 
 
@@ -171,8 +172,8 @@ def reason_of_start(events: list[JobEvent], why_ended: Callable[[], str | None])
 
 def saved_step(run_dir: Path) -> int:
     """Return the newest checkpoint's step, by its name; 0 without one."""
-    names = [path.name for path in (run_dir / "checkpoints").glob("step-*")]
-    return max((int(name.removeprefix("step-").partition(".")[0]) for name in names), default=0)
+    checkpoint = selection.last(run_dir / "checkpoints")
+    return 0 if checkpoint is None else selection.step_and_repeat(checkpoint)[0]
 
 
 def write_failure(log: Path, job: str, restart: int, rank: int, text: str) -> None:
