@@ -227,7 +227,7 @@ def small_disk(tmp_path):
         subprocess.run(["umount", "--lazy", str(folder)], check=True, timeout=20)
 
 
-@pytest.mark.parametrize("left", [0, 4096, 12288, 20480])
+@pytest.mark.parametrize("left", [0, 4096, 12288, 16384])
 def test_full_disk_leaves_the_earlier_ones(left, small_disk):
     folder = small_disk / "checkpoints"
     save(folder, 1)
