@@ -35,52 +35,6 @@ STUDIES = {
     "any_t_nmnist": ("N-MNIST", (1, 2, 4, 10)),
     "any_t_days": ("objects, another day", (1, 2, 4, 10)),
 }
-ABOUT = {
-    "title": "One training for any T",
-    "question": (
-        "Does one training, whose T is drawn at each step, serve every T as well as a training for "
-        "each T?"
-    ),
-}
-TEXT = """![Accuracy by mean timesteps with early exit](any_t.png)
-
-The curves vary the threshold of early exit; a diamond is the mean of the thresholds that the seeds
-chose on held-out training samples, a square a network trained and tested at that T: blue with TET,
-green with SDT. *T drawn* is from 1 to the largest T.
-
-## One training minus the training at that T
-
-{own}
-
-Points of top-1 at T, of trainings with drawn T and of those at the largest T, paired by seed, with
-95 % intervals; p is corrected by Holm's method for all of the table. The training at T=1 is the
-same for both losses. On recordings, SDT has no training at T=2 and 4, and none with T drawn from a
-list. With 3 seeds and Holm's correction only a difference of several points would be seen.
-`tet_of_means` is a training
-at the largest T, of which TET sees the running mean at each t instead of each output; it is
-compared with TET's trainings ([timesteps](timesteps.md) has its reason).
-
-## Accuracy and cost
-
-{accuracy}
-
-Top-1 in percent at each T, mean ± standard deviation over {n} seeds, by the time-mean of the first
-T outputs. Image-timesteps (training images times T) are medians, and seconds those of the fastest
-seed, on one of two cores that other work shared. *Early exit* is at the chosen threshold.
-
-## Running statistics recomputed at the T of test
-
-{recomputed}
-
-Points of top-1 that `tools/eval.py --recompute-statistics` adds, with statistics of training
-samples at that T, for drawn T and the largest T, with 95 % intervals, uncorrected. They help SDT at
-T=1, and do not help TET; on another day they cost TET accuracy.
-
-Commands: `python tools/study.py` with [any_t_cifar10](any_t_cifar10.md),
-[any_t_nmnist](any_t_nmnist.md) and [any_t_days](any_t_days.md), whose pages have all comparisons,
-then `python docs/make/any_t.py`, at commit d1ca4e46, the last one with `--recompute-statistics`.
-Numbers: [any_t.json](any_t.json).
-"""
 
 
 @cache
@@ -233,13 +187,8 @@ def main() -> int:
     for one, p in zip(all_of, holm([one["p"] for one in all_of]), strict=True):
         one["holm"] = p
     n = min(len(one["seeds"]) for values in found.values() for one in values["entries"].values())
-    text = TEXT.format(
-        own=own_table(found),
-        accuracy=accuracy_table(found),
-        recomputed=recomputed_table(found),
-        n=n,
-    )
-    pages.write(PAGE, ABOUT, answer_of(found), n, {"studies": found}, text, draw(found))
+    tables = [own_table(found), accuracy_table(found), recomputed_table(found)]
+    pages.write(PAGE, answer_of(found), n, {"studies": found}, tables, draw(found))
     return 0
 
 

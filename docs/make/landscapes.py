@@ -45,7 +45,7 @@ from tetdist.storage import checkpoint
 from tetdist.storage.files import parse_json
 from tetdist.tables import markdown
 
-DATA = {"digits": "handwritten digits", "cifar10": "5,000 images of CIFAR-10"}
+DATA = ("digits", "cifar10")
 SEEDS, SAMPLES, DIRECTIONS, RADIUS, GRID = range(5), 1000, 5, 0.5, 11
 POINTS, ITERATIONS = 21, 8  # of a curve, and of the power iteration
 MIDDLE, STEP = POINTS // 2, POINTS // 10  # the trained weights, and the step of a curvature
@@ -57,26 +57,6 @@ KEYS = {
     "eigenvalue": "eigenvalue, lower bound",
 }
 HEAD = ["loss", "measure", "SDT", "TET", "TET - SDT", "minimum detectable effect", "p, Holm"]
-TEXT = """The paper claims so in its abstract and shows a landscape.
-
-![Loss along filter-normalised directions](landscape_{data}.png)
-
-{table}
-
-*SDT* and *TET* are means of {n} networks each: {samples:,} training samples, {directions} random
-directions that move every filter by up to half its norm (Li et al., NeurIPS 2018), running
-statistics recomputed at every point. `time_mean` is L_SDT and `per_timestep` is L_TET without its
-regulariser, both for all networks. Curvature is the second difference over a tenth of a filter's
-norm, the mean of random directions; the eigenvalue is that of the sharpest direction found by a
-power iteration on surrogate gradients. Differences are paired by seed, with 95 % intervals;
-p is corrected by Holm's method for the {tests} rows. The minimum detectable effect is for a power
-of 80 %, uncorrected. Spikes jump, so no number is an upper bound. Bands are one standard deviation
-over directions and networks. Contours are those of the first seed, in the plane of two random
-directions.
-
-Commands: `python tools/study.py tet_vs_sdt_{data} --jobs 2 --only sdt_t4 --only tet_t4` and
-`python docs/make/landscapes.py {data}`. Numbers: [landscape_{data}.json](landscape_{data}.json).
-"""
 Direction = list[Tensor]
 
 
@@ -315,21 +295,9 @@ def write_page(data: str, found: dict[str, Any]) -> None:
         + f", after Holm's correction for all {len(rows)}. The rise of L_SDT along random "
         f"directions, TET minus SDT, is {rows[0][4]}."
     )
-    where = f"{DATA[data]} at T=4"
-    about = {
-        "title": f"Sharpness of minima with TET and SDT on {where}",
-        "question": f"Does TET end in flatter minima than SDT, on {where}?",
-    }
-    text = TEXT.format(
-        data=data,
-        table=markdown(HEAD, rows, numbers=True),
-        n=n,
-        samples=found["networks"][0]["samples"],
-        directions=found["directions"],
-        tests=len(rows),
-    )
-    found = found | {"answer": answer}  # a page that is written anew has the old one
-    pages.write(pages.RESULTS / f"landscape_{data}.md", about, answer, n, found, text, draw(found))
+    numbers = found | {"answer": answer}  # a page that is written anew has the old one
+    page, table = pages.RESULTS / f"landscape_{data}.md", markdown(HEAD, rows, numbers=True)
+    pages.write(page, answer, n, numbers, [table], draw(found))
 
 
 def main() -> int:

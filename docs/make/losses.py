@@ -8,7 +8,6 @@ what it has measured of a run.
 """
 
 import logging
-import math
 import sys
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -59,64 +58,6 @@ QUANTITIES = {
     "loss": "loss",
 }
 BINS = 15  # of confidence, equally wide, as usual
-ABOUT = {
-    "title": "SDT, TET, and TET of running means",
-    "question": (
-        "Does one loss give SDT's accuracy at T and TET's at T=1? SDT is the cross-entropy of the "
-        "mean output over all T, TET the mean of every output's cross-entropy, and `tet_of_means` "
-        "the mean over t of the cross-entropy of the mean up to t."
-    ),
-}
-TEXT = """{found}
-
-![Accuracy by mean timesteps with early exit](losses.png)
-
-Lines are means over the seeds at each threshold of early exit; they begin with all samples decided
-at T=1 and end with all at T.
-
-## Differences
-
-The number after an interval is the minimum detectable effect (80 % power, without correction).
-
-{differences}
-
-Differences are paired by seed, with 95 % intervals of the paired t-test. *Exit* is the difference
-of mean timesteps at equal accuracy: that of the less accurate one of a pair at T, less {within}
-points, so fewer is better. It is interpolated between thresholds on the test data themselves, so it
-does not include the error of a threshold chosen elsewhere. *Loss* is the cross-entropy of the
-time-mean at T, on test data. Holm's method corrects p for all {number} p values of this table;
-bold: significant after it. In italics are earlier studies of three seeds, in which `tet_of_means`
-has no regulariser; they are not in the correction: [transformers_long](transformers_long.md) (30
-epochs), [any_t_cifar10](any_t_cifar10.md), [any_t_nmnist](any_t_nmnist.md),
-[any_t_days](any_t_days.md).
-
-## Accuracy at every t, loss and calibration
-
-{accuracy}
-
-Mean ± standard deviation over n seeds: top-1 in percent of the mean output up to t, loss and
-expected calibration error at T ({bins} bins of confidence, in points; not measured in the earlier
-studies). *Early exit* uses the lowest threshold that loses at most {within} points on samples held
-out of the training (another day: those of the first day). With these thresholds, `tet_of_means` -
-`sdt` is, with uncorrected intervals: {chosen}.
-
-## Learning rates
-
-{search}
-
-## Origin
-
-Fashion-MNIST is trained for one epoch, also as events (I2E, 28 pixels, T=8, half of the channels).
-
-On digits, N-MNIST and another day, the runs of SDT and TET repeat
-[early_exit_digits](early_exit_digits.md), [early_exit_nmnist](early_exit_nmnist.md) and
-[across_days](across_days.md). The numbers are bitwise identical.
-
-Commands: `python tools/study.py` with {commands}, then `python docs/make/losses.py`, which also
-makes this page anew from [losses.json](losses.json). Machine: {machines}.
-"""
-
-
 # --- numbers --------------------------------------------------------------------------------------
 
 
@@ -204,13 +145,12 @@ def compared(data: str, numbers: Numbers) -> list[Compared]:
     return rows
 
 
-def correct(rows: list[Compared]) -> int:
-    """Correct p by Holm's method for all rows, and return the number of p values."""
+def correct(rows: list[Compared]) -> None:
+    """Correct p by Holm's method for all rows."""
     places = [(row, key) for row in rows for key in QUANTITIES if key in row.differences]
     ps = [row.differences[key].p for row, key in places]
     for (row, key), p in zip(places, holm(ps), strict=True):
         row.holm[key] = p
-    return sum(not math.isnan(p) for p in ps)
 
 
 def difference_table(rows: list[Compared]) -> str:
@@ -260,11 +200,7 @@ def searched() -> dict[str, dict[str, float]]:
 def search_table(found: dict[str, dict[str, float]]) -> str:
     rates = sorted({rate for one in found.values() for rate in one}, key=float)
     rows = [[f"`{loss}`", *(f"{one[rate]:.2f}" for rate in rates)] for loss, one in found.items()]
-    return markdown(["loss", *rates], rows, numbers=True) + (
-        "\n\nTop-1 of 6,000 held-out training images of Fashion-MNIST after the last epoch, with "
-        "seed 0. Each\nloss has its best rate on Fashion-MNIST. The other data sets have one rate "
-        "for all."
-    )
+    return markdown(["loss", *rates], rows, numbers=True)
 
 
 def draw(studies: dict[str, tuple[str, Numbers]]) -> Any:
@@ -286,7 +222,7 @@ def draw(studies: dict[str, tuple[str, Numbers]]) -> Any:
 # --- the page -------------------------------------------------------------------------------------
 
 
-def answer_of(rows: list[Compared], number: int, chosen: dict[str, Difference]) -> tuple[str, str]:
+def answer_of(rows: list[Compared], chosen: dict[str, Difference]) -> tuple[str, str]:
     """Return the answer, and the data sets on which the running means are behind or ahead."""
 
     def significant(control: str, key: str, sign: int) -> list[str]:
@@ -327,15 +263,11 @@ def answer_of(rows: list[Compared], number: int, chosen: dict[str, Difference]) 
         "higher loss at T than TET": where("tet", "loss", 1),
         "lower loss at T than TET": where("tet", "loss", -1),
     }
-    listed = "\n".join(f"* {what}: {places or 'none'}" for what, places in found.items())
-    return answer, (
-        "Data sets and differences, significant after Holm's correction for "
-        f"{number} p values:\n\n{listed}"
-    )
+    return answer, "\n".join(f"* {what}: {places or 'none'}" for what, places in found.items())
 
 
-def page_of(found: dict[str, Any]) -> tuple[str, str, str, Any]:
-    """Return answer, number of seeds, text and figure of the page, by the numbers of the studies.
+def page_of(found: dict[str, Any]) -> tuple[str, str, list[str], Any]:
+    """Return answer, number of seeds, tables and figure of the page, by the numbers of the studies.
 
     The differences are added to them.
     """
@@ -344,35 +276,23 @@ def page_of(found: dict[str, Any]) -> tuple[str, str, str, Any]:
         for study, data in STUDIES.items()
     }
     rows = [row for data, numbers in studies.values() for row in compared(data, numbers)]
-    number = correct(rows)
+    correct(rows)
     found["differences"] = list(map(asdict, rows))
     beside = {study: earlier_numbers(study, *names) for study, names in BESIDE.items()}
     more = [row for data, numbers in beside.values() for row in compared(data, numbers)]
     exits = of_study.exit_top1
     chosen = {data: numbers.difference(OWN, exits, "sdt") for data, numbers in studies.values()}
-    machines = {
-        f"{one['cpu']}, {one['usable_cores']} cores, torch {one['packages']['torch']}"
-        for values in found["studies"].values()
-        for one in values["environments"]
-    }
-    answer, listed = answer_of(rows, number, chosen)
-    text = TEXT.format(
-        found=listed,
-        differences=difference_table([*rows, *more]),
-        accuracy=accuracy_table(
-            {**studies, **beside},
-            {study: values["calibration"] for study, values in found["studies"].items()},
-        ),
-        search=search_table(found["search"]),
-        number=number,
-        chosen="; ".join(f"{one} points on {data}" for data, one in chosen.items()),
-        within=next(iter(studies.values()))[1].study.exit_within,
-        bins=BINS,
-        commands=", ".join([*STUDIES, SEARCH]),
-        machines="; ".join(sorted(machines)),
-    )
+    answer, listed = answer_of(rows, chosen)
+    calibration = {study: values["calibration"] for study, values in found["studies"].items()}
+    tables = [
+        listed,
+        difference_table([*rows, *more]),
+        accuracy_table({**studies, **beside}, calibration),
+        "\n".join(f"* {data}: {one}" for data, one in chosen.items()),
+        search_table(found["search"]),
+    ]
     seeds = " to ".join(map(str, sorted({row.differences["T"].n for row in rows})))
-    return answer, seeds, text, draw(studies)
+    return answer, seeds, tables, draw(studies)
 
 
 def main() -> int:
@@ -381,8 +301,8 @@ def main() -> int:
     stored = restored(parse_json(PAGE.with_suffix(".json").read_text()))
     studies = {study: measured(study, stored["studies"][study]) for study in STUDIES}
     found = {"studies": studies, "search": searched() or stored["search"]}
-    answer, seeds, text, figure = page_of(found)
-    pages.write(PAGE, ABOUT, answer, seeds, strict(found), text, figure)
+    answer, seeds, tables, figure = page_of(found)
+    pages.write(PAGE, answer, seeds, strict(found), tables, figure)
     return 0
 
 

@@ -4,6 +4,7 @@ import argparse
 import json
 import logging
 import math
+import re
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -19,13 +20,8 @@ from tetdist.tracking.metrics_file import restored
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS, STUDIES = ROOT / "docs/results", ROOT / "configs/studies"
-HEAD = """# {title}
-
-**Question.** {question}
-
-**Answer.** {answer}
-
-"""
+ABOUT = re.compile(r"# (?P<title>.+)\n\n\*\*Question\.\*\* (?P<question>.+)\n")
+ANSWER = re.compile(r"(?<=\n\*\*Answer\.\*\* ).+")
 
 
 def no_flags(script: str | None) -> None:
@@ -62,25 +58,43 @@ def numbers_from(values: dict[str, Any], name: str) -> Numbers:
 
 
 def write(
-    page: Path,
-    about: dict[str, str],
-    answer: str,
-    n: int | str,
-    found: dict[str, Any],
-    text: str,
-    figure: Any = None,
+    page: Path, answer: str, n: int | str, values: dict[str, Any], tables: list[str], figure: Any
 ) -> None:
-    """Write a page, its numbers with what the summary of all pages names, and its figure.
+    """Write an answer and tables into a page, whose other text is written by hand.
+
+    Beside it, write the figure, and the numbers with what the summary of all pages names.
 
     Args:
-        about: Title and question.
         n: Number of seeds.
     """
-    write_json(page.with_suffix(".json"), {"study": about, "answer": answer, "n": n, **found})
-    if figure is not None:
-        style.save(figure, page.with_suffix(".png"))
-    page.write_text(HEAD.format(**about, answer=answer) + text)
-    print(page.read_text())
+    text = with_tables(with_answer(page.read_text(), answer), tables)
+    about = ABOUT.match(text)
+    assert about is not None
+    known = {"study": about.groupdict(), "answer": answer, "n": n}
+    write_json(page.with_suffix(".json"), known | values)
+    style.save(figure, page.with_suffix(".png"))
+    page.write_text(text)
+    print(text)
+
+
+def with_answer(text: str, answer: str) -> str:
+    return ANSWER.sub(lambda _: answer, text, count=1)
+
+
+def with_tables(text: str, tables: list[str]) -> str:
+    """Replace tables of a page: each is put in place of the next one with the same head.
+
+    A list is replaced, too; its head is the first item's text before the colon.
+    """
+    begin = 0
+    for table in tables:
+        head = table.partition("\n")[0].partition(":")[0]
+        pattern = re.compile(rf"{re.escape(head)}.*\n({re.escape(table[0])}.*\n)*")
+        if (before := pattern.search(text, begin)) is None:
+            raise SystemExit(f"error: the page has no table that begins with {head!r}; add one")
+        text = f"{text[: before.start()]}{table}\n{text[before.end() :]}"
+        begin = before.start() + len(table)
+    return text
 
 
 # --- early exit -----------------------------------------------------------------------------------

@@ -333,12 +333,7 @@ def main() -> int:
     compare(found)
     style.save(draw(found), PAGE.with_suffix(".png"))
     write_json(PAGE.with_suffix(".json"), summarised(found))
-    text = PAGE.read_text()
-    for name, entries in found.items():
-        begin, end = f"<!-- study {name} -->\n", f"<!-- end of study {name} -->\n"
-        before, after = text.split(begin)[0], text.split(end)[1]
-        text = f"{before}{begin}{table(entries)}\n{end}{after}"
-    PAGE.write_text(text)
+    PAGE.write_text(pages.with_tables(PAGE.read_text(), list(map(table, found.values()))))
     return 0
 
 

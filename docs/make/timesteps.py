@@ -39,46 +39,6 @@ from tetdist.tables import markdown
 
 STUDY = "transformers_long"
 COLUMNS = ("alone", "of_means", "spike_rate", "spike_rate_of_layers", "gradient")
-ABOUT = {
-    "title": "Single timesteps of a transformer with TET and SDT",
-    "question": "Why does TET score lower than SDT at T=4 on a small transformer?",
-}
-TEXT = """![Accuracy, spikes and gradients by timestep](timesteps.png)
-
-## Each timestep
-
-{by_timestep}
-
-*Alone*: top-1 of the output at that timestep, without the others. *Spike rate*: before the
-classifier, and the mean over all layers of neurons. *Gradient*: norm of the classifier's gradient
-of that timestep's cross-entropy. All on the 5,000 validation images, mean over {n} seeds.
-
-## Losses
-
-{losses}
-
-L_SDT (of the time-mean) and L_TET (mean over timesteps), on the training images without
-augmentation and on the validation images. *Mean - best*: what the time-mean adds to the best single
-timestep, in points. *Last fifth*: change of top-1 in the last 6 of 30 epochs. ± is the standard
-deviation over seeds. The last fifth still moves accuracy by about half a point or more, so 30
-epochs are not the end of the training. TET fits the training images less well than SDT: it does not
-overfit more.
-
-## The tested reason
-
-{reason}
-
-Two further losses change one thing each. `tet_without_first` leaves t=1 out, at which an SDT
-network fires least. `tet_of_means` takes the cross-entropy of the running mean at each t, so that a
-timestep need not decide alone and may add what earlier ones lack; here its lambda is 0. The first
-is in `configs/studies/timestep_losses.py`. Points of top-1, paired by seed, with 95 % intervals,
-uncorrected. All losses have the learning rate of SDT's best run
-([search](lr_transformer.json): one seed, 12 epochs, the largest value tried; TET's best was 0.4
-points better with half of it). Other values of lambda were not tried here.
-
-Commands: `python tools/study.py transformers_long --jobs 2` ([page](transformers_long.md)) and
-`python docs/make/timesteps.py`. Numbers: [timesteps.json](timesteps.json).
-"""
 
 
 @torch.no_grad()
@@ -240,14 +200,9 @@ def main() -> int:
         f"TET without t=1 minus TET is {minus(found, 'tet_without_first', 'tet', 4)} at T=4."
     )
     n = min(len(runs) for runs in found.values())
-    text = TEXT.format(
-        by_timestep=timestep_table(found),
-        losses=loss_table(found),
-        reason=reason_table(found),
-        n=n,
-    )
+    tables = [timestep_table(found), loss_table(found), reason_table(found)]
     page = pages.RESULTS / "timesteps.md"
-    pages.write(page, ABOUT, answer, n, {"runs": found}, text, draw(found))
+    pages.write(page, answer, n, {"runs": found}, tables, draw(found))
     return 0
 
 

@@ -162,10 +162,11 @@ def test_the_projects_own_summary_is_that_of_its_numbers(made, tmp_path):
     assert len(summary.splitlines()) <= 150
 
 
-@pytest.mark.usefixtures("made")
-def test_the_page_of_losses_is_that_of_its_numbers():
+def test_the_page_of_losses_is_that_of_its_numbers(made):
     file = RESULTS / "losses.json"
     found = restored(json.loads(file.read_text()))
-    answer, seeds, text, _ = importlib.import_module("losses").page_of(found)
+    answer, seeds, tables, _ = importlib.import_module("losses").page_of(found)
     assert (answer, seeds) == (found["answer"], found["n"])
-    assert file.with_suffix(".md").read_text().endswith(f"**Answer.** {answer}\n\n{text}")
+    text, ps = file.with_suffix(".md").read_text(), [row["holm"] for row in found["differences"]]
+    assert made.pages.with_tables(made.pages.with_answer(text, answer), tables) == text
+    assert f"corrects p for all {sum(map(len, ps))} p values" in text
