@@ -2,6 +2,7 @@
 step."""
 
 import copy
+import inspect
 import threading
 
 import pytest
@@ -220,6 +221,8 @@ def test_conversions_that_would_change_nothing_are_refused(convert):
     model = nn.Sequential(nn.Conv2d(3, 3, 1), BatchNorm(3))
     with pytest.raises(UserError, match=r"batch_norm.sync=true.* include_bn_running_stats=False"):
         convert(model)
+    assert not hasattr(model[1], "num_features")
+    assert ("num_channels", 3) in inspect.getmembers(model[1])
     timm.utils.freeze(model, include_bn_running_stats=False)
     assert not any(parameter.requires_grad for parameter in model.parameters())
     buffers = ["running_mean", "running_var"]

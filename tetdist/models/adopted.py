@@ -158,7 +158,7 @@ class AdoptedBatchNorm(BatchNorm):
         """Normalise (T, B, C, ...), or (N, C, ...) in single-step mode; for ``copies`` see
         `BatchNorm`."""
         x = current if self.folded else current.flatten(0, 1)
-        self.kind._check_input_dim(self, x)  # type: ignore[arg-type]  # it reads only x
+        self.kind._check_input_dim(self, x)
         if x.ndim != 4:
             x = x.reshape(*x.shape[:2], -1, 1)
         return super().forward(x, copies).reshape(current.shape)

@@ -15,20 +15,13 @@ count a forward pass twice that activation checkpointing repeats.
 import contextlib
 import threading
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, Never, Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
 from tetdist.errors import UserError
 from tetdist.nn.precision import wide_type
-
-# Functions of torch and timm that synchronise or freeze batch norms convert BatchNorm2d and
-# silently skip other classes. Ours is a BatchNorm2d, so they read its num_features, which raises.
-if TYPE_CHECKING:
-    _Module = nn.Module
-else:
-    _Module = nn.BatchNorm2d
 
 _recomputation = threading.local()
 
@@ -49,8 +42,23 @@ def is_repetition() -> bool:
     return getattr(_recomputation, "active", False)
 
 
-class BatchNorm(_Module):
+class _CannotConvert(UserError, AttributeError):
+    """A norm has no attribute that functions read which convert norms."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "tetdist's batch norm runs inside fused layers and cannot be converted; to synchronise "
+            "it, set batch_norm.sync=true or call tetdist.nn.batch_norm.synchronize; to freeze it "
+            "with timm, pass include_bn_running_stats=False"
+        )
+
+
+class BatchNorm(nn.BatchNorm2d):
     """Batch norm of a current (T, B, C, H, W) per channel, over T, B, H and W jointly.
+
+    It is torch's by class, but without ``num_features``. Functions of torch and timm that
+    synchronise, split or freeze batch norms silently skip classes that are not torch's, and make
+    the converted norm from this attribute; so they are refused.
 
     Args:
         scale: Factor on the normalised current before weight and bias: ``alpha * V_th`` for tdBN, 1
@@ -59,12 +67,11 @@ class BatchNorm(_Module):
         momentum: Weight of the newest statistics in the running ones.
     """
 
-    # Otherwise torch's loading would miss num_batches_tracked in a state of this version.
-    track_running_stats, _version = False, 1
     weight: nn.Parameter
     bias: nn.Parameter
     running_mean: Tensor
     running_var: Tensor
+    momentum: float
     pending_mean: Tensor
     pending_var: Tensor
     pending_count: int
@@ -72,10 +79,10 @@ class BatchNorm(_Module):
     def __init__(
         self, num_channels: int, *, scale: float = 1.0, eps: float = 1e-5, momentum: float = 0.1
     ) -> None:
-        nn.Module.__init__(self)
-        self.num_channels, self.scale, self.eps, self.momentum = num_channels, scale, eps, momentum
-        self.weight = nn.Parameter(torch.ones(num_channels))
-        self.bias = nn.Parameter(torch.zeros(num_channels))
+        # Without torch's running statistics, whose state has num_batches_tracked, too.
+        super().__init__(num_channels, eps, momentum, track_running_stats=False)
+        del self.num_features
+        self.num_channels, self.scale = num_channels, scale
         self.register_buffer("running_mean", torch.zeros(num_channels))
         self.register_buffer("running_var", torch.ones(num_channels))
         self.register_buffer("pending_mean", torch.zeros(num_channels), persistent=False)
@@ -85,6 +92,11 @@ class BatchNorm(_Module):
         # See synchronize().
         self.average: Callable[[Tensor], Tensor] | None = None
         self.num_processes = 1
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "num_features":
+            raise _CannotConvert
+        return super().__getattr__(name)
 
     def train(self, mode: bool = True) -> Self:
         """Change to training mode, unless the norm is frozen (`tetdist.models.freeze`)."""
@@ -103,7 +115,7 @@ class BatchNorm(_Module):
             self.record(mean, var, copies * x.numel() // self.num_channels)
         else:
             mean, var = self.running_mean, self.running_var
-        gain, offset = self.affine(mean, var)
+        gain, offset = self.gain_and_offset(mean, var)
         y = x * gain.view(-1, 1, 1) + offset.view(-1, 1, 1)
         return y.to(current.dtype)
 
@@ -117,7 +129,7 @@ class BatchNorm(_Module):
         mean64, square = _AverageOverProcesses.apply(moments, self.average)
         return mean64.to(mean.dtype), (square - mean64.square()).to(var.dtype)
 
-    def affine(self, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
+    def gain_and_offset(self, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
         """Return gain and offset, each (C,), such that the output is ``gain * x + offset``."""
         gain = self.scale * self.weight * torch.rsqrt(var + self.eps)
         return gain, self.bias - gain * mean
@@ -144,16 +156,6 @@ class BatchNorm(_Module):
             self.running_mean.lerp_(self.pending_mean / self.pending_count, self.momentum)
             self.running_var.lerp_(self.pending_var / self.pending_count, self.momentum)
             self.discard()
-
-    @property
-    def num_features(self) -> Never:
-        """Refuse conversions, which read this attribute first."""
-        raise UserError(
-            "tetdist's batch norm runs inside fused layers and cannot be converted or traced; to "
-            "synchronise it, set batch_norm.sync=true or call tetdist.nn.batch_norm.synchronize; "
-            "to freeze it with timm, pass include_bn_running_stats=False; to export the network, "
-            "use torch.export instead of torch.jit.trace"
-        )
 
     def discard(self) -> None:
         """Discard what was recorded since the last update of the running statistics."""

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from tetdist.errors import UserError
 from tetdist.nn import neurons
 from tetdist.nn.batch_norm import BatchNorm
 from tetdist.nn.dropout import DropPath
@@ -104,7 +105,16 @@ class FusedLayer(nn.Module):
         self.execution = "fused"
 
     def is_fused(self) -> bool:
-        """Return whether to use fused kernels, if any; torch.export needs the definition."""
+        """Return whether to use fused kernels, if any; torch.export needs the definition.
+
+        Raises:
+            UserError: torch.jit.trace records the layer.
+        """
+        if torch.jit.is_tracing():
+            raise UserError(
+                f"torch.jit.trace cannot record {type(self).__name__}, which chooses its kernels "
+                "when it runs; to export the network, use torch.export instead of torch.jit.trace"
+            )
         match self.execution:
             case "fused":
                 exporting = getattr(torch.compiler, "is_exporting", None)  # since torch 2.7

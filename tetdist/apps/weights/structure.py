@@ -167,5 +167,5 @@ def folded(conv: nn.Conv2d, norm: BatchNorm | None) -> tuple[Tensor, Tensor]:
     gain, bias = torch.ones_like(offset), 0.0 if conv.bias is None else conv.bias.double()
     if norm is not None:
         norm = copy.deepcopy(norm).double()
-        gain, offset = norm.affine(norm.running_mean, norm.running_var)
+        gain, offset = norm.gain_and_offset(norm.running_mean, norm.running_var)
     return conv.weight.double() * gain.view(-1, 1, 1, 1), offset + gain * bias
