@@ -191,13 +191,16 @@ class NeuronLayer(FusedLayer):
         tensors = (current, *attended)
         # Of an image that is attended to, channels are last.
         layouts = [_Layout.of(x, (1, 3, 4, 2) if attended else None) for x in tensors]
-        flat = [of.flat(x) for of, x in zip(layouts, tensors, strict=True)]
-        kept, layout = flat, layouts[-1]
-        if attended and all(of_all := [packed_of(x) for x in tensors]):
-            kept = [of.flat(one.values) for of, one in zip(layouts, of_all, strict=True) if one]
+        flat = [layout.flat(x) for layout, x in zip(layouts, tensors, strict=True)]
+        x, keys, values = flat if attended else (*flat, None, None)
+        kept, layout = tuple(flat), layouts[-1]
+        if attended and all(forms := [packed_of(x) for x in tensors]):
+            pairs = zip(layouts, forms, strict=True)
+            kept = tuple(own.flat(packed.values) for own, packed in pairs if packed)
         start = None if (u := self.membrane) is None else layout.flat(self._stacked(u))
-        learned = self.for_kernels(current, kernels)
-        spikes, packed, end = FusedNeuron.apply(start, kernels, kept, *flat, *learned)
+        spikes, packed, end = FusedNeuron.apply(
+            x, keys, values, start, kernels, kept, *self.for_kernels(current, kernels)
+        )
         if self.carries:
             _membranes.of[self] = self._unstacked(layout.shaped(end))
         spikes = layout.shaped(spikes)
@@ -378,9 +381,9 @@ class NormNeuron(NeuronLayer):
         added, joined = (None if one is None else rows_of(one) for one in (shortcut, identity))
         start = None if (u := self.membrane) is None else rows_of(self._stacked(u))
         learned = self.for_kernels(current, kernels)
+        x, parameters = rows_of(current), norms.parameters()
         rows, packed, end = FusedNormNeuron.apply(
-            *(rows_of(current), added, joined, start, norms, kernels),
-            *(*norms.parameters(), *learned),
+            x, added, joined, start, *parameters, norms, kernels, *learned
         )
         if self.carries:
             _membranes.of[self] = self._unstacked(image_of(end, current.shape))
@@ -462,7 +465,7 @@ def _norm_add(
         return drop_path.added(normalized, shortcut)
     added = None if shortcut is None else rows_of(shortcut)
     norms = Norms(norm, None if shortcut is None else shortcut_norm)
-    rows = FusedNormAdd.apply(rows_of(current), added, norms, kernels, *norms.parameters())
+    rows = FusedNormAdd.apply(rows_of(current), added, *norms.parameters(), norms, kernels)
     return image_of(rows, current.shape)
 
 

@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from tetdist.nn.batch_norm import BatchNorm
 from tetdist.nn.fast import dispatch
-from tetdist.nn.fast.fused import Affine, NormKernels, Norms
+from tetdist.nn.fast.fused import Affine, NormKernels, NormParameters, Norms
 from tetdist.nn.fast.pooling import Pooled, Pooling
 from tetdist.nn.norm_neuron import FusedLayer, image_of, rows_of
 from tetdist.nn.packed import MaxPool
@@ -37,7 +37,7 @@ class NormPool(FusedLayer):
             if kernels is not None and pooling is not None:
                 norms = Norms(self.norm)
                 pooled = _FusedNormPool.apply(
-                    current, norms, self.pool, kernels, pooling, *norms.parameters()
+                    current, self.norm.weight, self.norm.bias, norms, self.pool, kernels, pooling
                 )
                 return pooled.unflatten(0, current.shape[:2])
         return self.pool(self.norm(current, copies))
@@ -50,14 +50,15 @@ class _FusedNormPool(torch.autograd.Function):
     def forward(
         ctx: Any,
         current: Tensor,
+        weight: Tensor,
+        bias: Tensor,
         norms: Norms,
         pool: MaxPool,
         kernels: NormKernels,
         pooling: Pooling,
-        *parameters: Tensor,
     ) -> Tensor:
         x = rows_of(current)
-        affine, _ = norms.normalizations(kernels, x, None, parameters)
+        affine, _ = norms.normalizations(kernels, x, None, NormParameters(weight, bias))
         pooled, where = pooling.forward_normalized(current.flatten(0, 1), affine, pool)
         ctx.save_for_backward(x, where, *affine)
         ctx.shape, ctx.norms, ctx.pool = current.shape, norms, pool
@@ -77,4 +78,5 @@ class _FusedNormPool(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             grad_current = ctx.pooling.gradient(kernels, pooled, grad, of_x)
             grad_current = grad_current.unflatten(0, shape[:2])
-        return grad_current, *(None,) * 4, *norms.gradients(sums)
+        grads = norms.gradients(sums)
+        return grad_current, grads.weight, grads.bias, None, None, None, None

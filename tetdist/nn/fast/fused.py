@@ -26,6 +26,9 @@ class Affine(NamedTuple):
     rstd: Tensor
 
 
+_NO_AFFINE = (None,) * len(Affine._fields)
+
+
 class Inputs(NamedTuple):
     """Inputs of a layer's neurons: the parts of their current, and the initial membranes.
 
@@ -41,12 +44,34 @@ class Inputs(NamedTuple):
         learned: The neurons' own learnt values, from `NeuronConfig.for_kernels`.
     """
 
-    x: Tensor
+    x: Any
     shortcut: Tensor | None
     affine: Affine | None
     of_shortcut: Affine | None
     start: Tensor | None
     learned: tuple[Tensor, ...] = ()
+
+    def save(self, ctx: Any) -> None:
+        """Keep the tensors for the backward pass, in which `saved` returns them."""
+        parts = self.x if isinstance(self.x, tuple) else (self.x,)
+        ctx.num_parts = len(parts)
+        affines = (*(self.affine or _NO_AFFINE), *(self.of_shortcut or _NO_AFFINE))
+        ctx.save_for_backward(self.shortcut, self.start, *affines, *parts, *self.learned)
+
+    @classmethod
+    def saved(cls, ctx: Any) -> "Inputs":
+        """Return what `save` kept."""
+        shortcut, start, *tensors = ctx.saved_tensors
+        affine, of_shortcut, tensors = tensors[:4], tensors[4:8], tensors[8:]
+        parts, learned = tuple(tensors[: ctx.num_parts]), tuple(tensors[ctx.num_parts :])
+        return cls(
+            parts if len(parts) > 1 else parts[0],
+            shortcut,
+            None if affine[0] is None else Affine(*affine),
+            None if of_shortcut[0] is None else Affine(*of_shortcut),
+            start,
+            learned,
+        )
 
 
 class Sums(NamedTuple):
@@ -66,28 +91,44 @@ class Sums(NamedTuple):
     copy: Tensor | None = None
 
 
+class NormParameters(NamedTuple):
+    """Weight and bias of `Norms`, or their gradients, in the order in which autograd has them."""
+
+    weight: Tensor
+    bias: Tensor
+    shortcut_weight: Tensor | None = None
+    shortcut_bias: Tensor | None = None
+
+
 class Norms(NamedTuple):
     """Norms of a convolution's output and of the shortcut (None: it is added unchanged)."""
 
     of_x: BatchNorm
     of_shortcut: BatchNorm | None = None
 
-    def parameters(self) -> list[Tensor | None]:
+    def parameters(self) -> NormParameters:
         """Return weight and bias of both norms."""
+        if self.of_shortcut is None:
+            return NormParameters(self.of_x.weight, self.of_x.bias)
         other = self.of_shortcut
-        others = [None, None] if other is None else [other.weight, other.bias]
-        return [self.of_x.weight, self.of_x.bias, *others]
+        return NormParameters(self.of_x.weight, self.of_x.bias, other.weight, other.bias)
 
     def normalizations(
-        self, kernels: "NormKernels", x: Tensor, shortcut: Tensor | None, parameters: Sequence[Any]
+        self, kernels: "NormKernels", x: Tensor, shortcut: Tensor | None, parameters: NormParameters
     ) -> tuple[Affine, Affine | None]:
         """Make the normalisations of x and the shortcut from autograd's `parameters`."""
-        affine = kernels.normalization(self.of_x, x, *parameters[:2])
+        weight, bias, shortcut_weight, shortcut_bias = parameters
+        affine = kernels.normalization(self.of_x, x, weight, bias)
         if self.of_shortcut is None:
             return affine, None
         assert shortcut is not None
+        assert shortcut_weight is not None
+        assert shortcut_bias is not None
         assert self.of_shortcut.training == self.of_x.training
-        return affine, kernels.normalization(self.of_shortcut, shortcut, *parameters[2:4])
+        of_shortcut = kernels.normalization(
+            self.of_shortcut, shortcut, shortcut_weight, shortcut_bias
+        )
+        return affine, of_shortcut
 
     def averaged(
         self, sums: Sums, *, training: bool
@@ -98,20 +139,23 @@ class Norms(NamedTuple):
         """
         if not training:
             return None, None
-        grad, *products = (one for one in sums[:3] if one is not None)
+        grad, products = sums.grad, [sums.grad_xhat]
+        if sums.grad_shortcut_hat is not None:
+            products.append(sums.grad_shortcut_hat)
         if self.of_x.average is not None:
             copy = torch.stack([grad, *products]) if sums.copy is None else sums.copy
             grad, *products = self.of_x.average(copy)
-        of_x, *others = ((grad, one) for one in products)
-        return of_x, others[0] if others else None
+        of_shortcut = (grad, products[1]) if len(products) == 2 else None
+        return (grad, products[0]), of_shortcut
 
-    def gradients(self, sums: Sums) -> tuple[Tensor | None, ...]:
+    def gradients(self, sums: Sums) -> NormParameters:
         """Return the gradients of `parameters`, each (C,)."""
-        of_x = (_times(self.of_x.scale, sums.grad_xhat), sums.grad)
+        weight = _times(self.of_x.scale, sums.grad_xhat)
         if self.of_shortcut is None:
-            return *of_x, None, None
+            return NormParameters(weight, sums.grad)
         assert sums.grad_shortcut_hat is not None
-        return *of_x, _times(self.of_shortcut.scale, sums.grad_shortcut_hat), sums.grad
+        shortcut_weight = _times(self.of_shortcut.scale, sums.grad_shortcut_hat)
+        return NormParameters(weight, sums.grad, shortcut_weight, sums.grad)
 
 
 def _times(scale: float, x: Tensor) -> Tensor:
@@ -227,26 +271,28 @@ def _check_sizes(
 class FusedNeuron(torch.autograd.Function):
     """Forward and backward pass of neurons alone, for a current (T or 1, N, C).
 
-    ``tensors`` are the current, or queries, keys and values, and the neurons' learnt values. Only
-    ``kept`` is kept for the backward pass: the same without the learnt values, perhaps in bytes.
-    Returns what `FusedNormNeuron` does.
+    Attention's neurons take queries as ``x``, keys and values. Only ``kept`` is kept of these for
+    the backward pass: the same tensors, perhaps in bytes. Returns what `FusedNormNeuron` does.
     """
 
     @staticmethod
     def forward(
         ctx: Any,
-        membrane: Tensor | None,
+        x: Tensor,  # noqa: ARG004  # autograd gives its gradient to it
+        keys: Tensor | None,
+        values: Tensor | None,  # noqa: ARG004
+        start: Tensor | None,
         kernels: NeuronKernels,
-        kept: Sequence[Tensor],
-        *tensors: Tensor,
+        kept: tuple[Tensor, ...],
+        *learned: Tensor,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        learned = tensors[len(kept) :]
-        ctx.save_for_backward(membrane, *kept, *learned)
-        ctx.kernels, ctx.number = kernels, len(kept)
+        attends = keys is not None
+        _check_sizes((kernels.dynamics.carried, *kept[-1].shape[1:]), start)
+        inputs = Inputs(kept if attends else kept[0], None, None, None, start, learned)
+        inputs.save(ctx)
+        ctx.kernels, ctx.attends = kernels, attends
         ctx.set_materialize_grads(False)
-        x: Any = kept[0] if len(kept) == 1 else kept
-        _check_sizes((kernels.dynamics.carried, *kept[-1].shape[1:]), membrane)
-        spikes, packed, end = kernels.spikes(Inputs(x, None, None, None, membrane, learned), None)
+        spikes, packed, end = kernels.spikes(inputs, None)
         if packed is not None:
             ctx.mark_non_differentiable(packed)
         return spikes, packed, end
@@ -254,12 +300,12 @@ class FusedNeuron(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
-        membrane, *saved = ctx.saved_tensors
-        x, learned = saved[: ctx.number], tuple(saved[ctx.number :])
-        grads = _gradients_of_outputs(x[0], ctx.kernels.timesteps, grad_outputs)
-        inputs = Inputs(x if len(x) > 1 else x[0], None, None, None, membrane, learned)
+        inputs = Inputs.saved(ctx)
+        x = inputs.x[0] if ctx.attends else inputs.x
+        grads = _gradients_of_outputs(x, ctx.kernels.timesteps, grad_outputs)
         grad_x, grad_start, grad_learned = ctx.kernels.current_gradient(inputs, *grads)
-        return grad_start, None, None, *(grad_x if len(x) > 1 else [grad_x]), *grad_learned
+        grads_x = grad_x if ctx.attends else (grad_x, None, None)
+        return *grads_x, grad_start, None, None, *grad_learned
 
 
 def _gradients_of_outputs(
@@ -276,8 +322,8 @@ def _gradients_of_outputs(
 class FusedNormNeuron(torch.autograd.Function):
     """Forward and backward pass of norm + shortcut + neuron + identity on (T, N, C) tensors.
 
-    ``parameters`` are those of the norms and the neurons' learnt values. Returns the spikes; the
-    same in bytes, if packed; the start of the next segment, if carried.
+    ``weight`` to ``shortcut_bias`` are `Norms.parameters`. Returns the spikes; the same in bytes,
+    if packed; the start of the next segment, if carried.
     """
 
     @staticmethod
@@ -286,21 +332,25 @@ class FusedNormNeuron(torch.autograd.Function):
         x: Tensor,
         shortcut: Tensor | None,
         identity: Tensor | None,
-        membrane: Tensor | None,
+        start: Tensor | None,
+        weight: Tensor,
+        bias: Tensor,
+        shortcut_weight: Tensor | None,
+        shortcut_bias: Tensor | None,
         norms: Norms,
         kernels: NeuronKernels,
-        *parameters: Tensor,
+        *learned: Tensor,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         sizes = x.shape[1:]
-        _check_sizes((kernels.timesteps, *sizes), shortcut, identity, norms=parameters[:4])
-        _check_sizes((kernels.dynamics.carried, *sizes), membrane)
+        parameters = NormParameters(weight, bias, shortcut_weight, shortcut_bias)
+        _check_sizes((kernels.timesteps, *sizes), shortcut, identity, norms=parameters)
+        _check_sizes((kernels.dynamics.carried, *sizes), start)
         affine, of_shortcut = norms.normalizations(kernels, x, shortcut, parameters)
-        learned = parameters[4:]
-        ctx.save_for_backward(x, shortcut, membrane, *affine, *(of_shortcut or ()), *learned)
+        inputs = Inputs(x, shortcut, affine, of_shortcut, start, learned)
+        inputs.save(ctx)
         ctx.norms, ctx.kernels, ctx.training = norms, kernels, norms.of_x.training
         ctx.has_identity = identity is not None
         ctx.set_materialize_grads(False)
-        inputs = Inputs(x, shortcut, affine, of_shortcut, membrane, learned)
         spikes, packed, end = kernels.spikes(inputs, identity)
         if packed is not None:
             ctx.mark_non_differentiable(packed)
@@ -309,26 +359,20 @@ class FusedNormNeuron(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
-        x, shortcut, membrane, *saved = ctx.saved_tensors
-        norms: Norms = ctx.norms
-        affine, saved = Affine(*saved[:4]), saved[4:]
-        affine_of_shortcut = None
-        if norms.of_shortcut is not None:
-            affine_of_shortcut, saved = Affine(*saved[:4]), saved[4:]
-        inputs = Inputs(x, shortcut, affine, affine_of_shortcut, membrane, tuple(saved))
-        grads = _gradients_of_outputs(x, ctx.kernels.timesteps, grad_outputs)
+        inputs, norms = Inputs.saved(ctx), ctx.norms
+        grads = _gradients_of_outputs(inputs.x, ctx.kernels.timesteps, grad_outputs)
         sums, kept = ctx.kernels.sums(inputs, *grads)
         averages = norms.averaged(sums, training=ctx.training)
         grad_x, grad_shortcut, grad_start = ctx.kernels.gradients(
             inputs, *grads, kept, *averages, needs_x=ctx.needs_input_grad[0]
         )
+        if grad_shortcut is not None and inputs.shortcut is not None:
+            grad_shortcut = grad_shortcut.to(inputs.shortcut.dtype)
+        grad_identity = grad_outputs[0] if ctx.has_identity else None
         return (
-            grad_x,
-            None if grad_shortcut is None else grad_shortcut.to(shortcut.dtype),
-            grad_outputs[0] if ctx.has_identity else None,
-            grad_start,
-            *(None, None),
+            *(grad_x, grad_shortcut, grad_identity, grad_start),
             *norms.gradients(sums),
+            *(None, None),
             *sums.grad_learned,
         )
 
@@ -344,15 +388,19 @@ class FusedNormAdd(torch.autograd.Function):
         ctx: Any,
         x: Tensor,
         shortcut: Tensor | None,
+        weight: Tensor,
+        bias: Tensor,
+        shortcut_weight: Tensor | None,
+        shortcut_bias: Tensor | None,
         norms: Norms,
         kernels: NormKernels,
-        *parameters: Tensor,
     ) -> Tensor:
+        parameters = NormParameters(weight, bias, shortcut_weight, shortcut_bias)
         copies = 1 if shortcut is not None and len(shortcut) == 1 else len(x)
-        _check_sizes((copies, *x.shape[1:]), shortcut, norms=parameters[:4])
+        _check_sizes((copies, *x.shape[1:]), shortcut, norms=parameters)
         affine, of_shortcut = norms.normalizations(kernels, x, shortcut, parameters)
         kept = None if of_shortcut is None else shortcut
-        ctx.save_for_backward(x, kept, *affine, *(of_shortcut or ()))
+        Inputs(x, kept, affine, of_shortcut, None).save(ctx)
         ctx.norms, ctx.kernels, ctx.training = norms, kernels, norms.of_x.training
         ctx.shared = shortcut is not None and shortcut.shape[0] < x.shape[0]
         return kernels.add(x, shortcut, affine, of_shortcut)
@@ -360,11 +408,10 @@ class FusedNormAdd(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        x, shortcut, *saved = ctx.saved_tensors
+        x, shortcut, affine, affine_of_shortcut, _, _ = Inputs.saved(ctx)
         norms: Norms = ctx.norms
         kernels: NormKernels = ctx.kernels
-        affine = Affine(*saved[:4])
-        affine_of_shortcut = Affine(*saved[4:]) if norms.of_shortcut is not None else None
+        assert affine is not None
         grad = grad_outputs[0].contiguous()
         sums = kernels.add_sums(x, shortcut, affine, affine_of_shortcut, grad)
         of_x, of_shortcut = norms.averaged(sums, training=ctx.training)
@@ -374,7 +421,8 @@ class FusedNormAdd(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             grad_shortcut = grad.sum(0, keepdim=True) if ctx.shared else grad
             if affine_of_shortcut is not None:
+                assert shortcut is not None
                 grad_shortcut = kernels.norm_gradient(
                     shortcut, grad_shortcut, affine_of_shortcut, of_shortcut
                 )
-        return grad_x, grad_shortcut, None, None, *norms.gradients(sums)
+        return grad_x, grad_shortcut, *norms.gradients(sums), None, None

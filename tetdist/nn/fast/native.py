@@ -118,7 +118,8 @@ class NormKernels:
     ) -> Sums:
         sums = _empty_sums(x, of_shortcut)
         partial = self.norms.partial(3, x.shape[0] * x.shape[1], x)
-        self._add("add_sums", x, shortcut, affine, of_shortcut, None, grad, *sums[:3], partial)
+        results = (sums.grad, sums.grad_xhat, sums.grad_shortcut_hat, partial)
+        self._add("add_sums", x, shortcut, affine, of_shortcut, None, grad, *results)
         return sums
 
     def _add(
@@ -232,7 +233,10 @@ class NeuronKernels(NormKernels):
                 parts = self.library.num_blocks(rows, channels)
             partial_learned = torch.empty(parts, len(flat), dtype=torch.float64)
         given = (x, shortcut, *norms, start, grad_spikes, grad_end)
-        results = (total, own, *sums[:3], grad_start, partial, grad_flat, partial_learned)
+        results = (
+            *(total, own, sums.grad, sums.grad_xhat, sums.grad_shortcut_hat),
+            *(grad_start, partial, grad_flat, partial_learned),
+        )
         sizes = (timesteps, rows, channels, shared)
         job = _Backward(*map(at, (*given, *results)), *sizes, self._neuron(flat))
         self.library.function("backward", x.dtype)(byref(job), torch.get_num_threads())
