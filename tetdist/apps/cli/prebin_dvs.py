@@ -13,21 +13,32 @@ import re
 import sys
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-from tetdist.apps.cli.common import MISTAKES, documented_parser, report_bad, run_command
-from tetdist.config.flags import MOST_PIXELS, MOST_THREADS, MOST_TIMESTEPS, positive
-from tetdist.errors import UserError, typed
 
 # Each worker multiplies small matrices, for which numpy's threads cost a hundred times their gain.
 # numpy reads this variable at import.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-if TYPE_CHECKING:
-    from tetdist.apps.events.folders import Listing
-    from tetdist.apps.events.recording import Sensor
-    from tetdist.apps.events.tensors import Record, Settings
-
+from tetdist.apps.cli.common import MISTAKES, documented_parser, report_bad, run_command
+from tetdist.apps.events import splits
+from tetdist.apps.events.binning import Binning, Window
+from tetdist.apps.events.folders import Listing, list_sources
+from tetdist.apps.events.formats import SUFFIXES
+from tetdist.apps.events.presets import PRESETS, check_source, expectation
+from tetdist.apps.events.recording import Sensor
+from tetdist.apps.events.simulate import (
+    DEFAULT_SENSOR,
+    IMAGE_SUFFIXES,
+    SMALLEST_SENSOR,
+    Simulation,
+)
+from tetdist.apps.events.split_roots import make_split
+from tetdist.apps.events.statistics import statistics, table
+from tetdist.apps.events.tensors import Record, Settings, make_tensors, open_destination
+from tetdist.apps.file_progress import file_progress
+from tetdist.config.flags import MOST_PIXELS, MOST_THREADS, MOST_TIMESTEPS, positive
+from tetdist.datasets.recorded_split import description
+from tetdist.errors import UserError, typed
+from tetdist.storage.files import explaining, write_json
 
 _SENSORS = {"dvs128": "128x128", "davis240": "240x180"}
 # Options that a preset sets, with their defaults if neither the preset nor the user sets them.
@@ -51,7 +62,6 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
-    from tetdist.apps.events.presets import PRESETS
 
     parser = documented_parser("prebin_dvs", __doc__)
     add = parser.add_argument
@@ -126,7 +136,6 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def _fill(options: argparse.Namespace) -> None:
     """Set missing options to the preset's values; add `given`, the names of the others."""
-    from tetdist.apps.events.presets import PRESETS
 
     options.given = {name for name in _DEFAULTS if getattr(options, name) is not None}
     defaults = _DEFAULTS | (PRESETS[options.preset].options() if options.preset else {})
@@ -135,7 +144,6 @@ def _fill(options: argparse.Namespace) -> None:
 
 
 def _bins(text: str) -> str:
-    from tetdist.apps.events.binning import Window
 
     if text not in ("count", "time") and Window.of(text) is None:
         raise argparse.ArgumentTypeError(
@@ -147,12 +155,11 @@ def _bins(text: str) -> str:
 
 def _seed(text: str) -> int:
     if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number, 0 or above")
+        raise argparse.ArgumentTypeError(f"{text!r} must be an integer, 0 or above")
     return int(text)
 
 
-def _size(text: str) -> "Sensor":
-    from tetdist.apps.events.recording import Sensor
+def _size(text: str) -> Sensor:
 
     match = re.fullmatch(r"([1-9]\d*)(?:x([1-9]\d*))?", text)
     if not match:
@@ -163,16 +170,11 @@ def _size(text: str) -> "Sensor":
     return Sensor(width, height)
 
 
-def _sensor(text: str) -> "Sensor":
+def _sensor(text: str) -> Sensor:
     return _size(_SENSORS.get(text.lower(), text))
 
 
 def _prebin(options: argparse.Namespace) -> None:
-    from tetdist.apps.events.splits import default_split
-    from tetdist.apps.events.statistics import statistics, table
-    from tetdist.apps.events.tensors import make_tensors, open_destination
-    from tetdist.apps.file_progress import file_progress
-    from tetdist.storage.files import explaining, write_json
 
     settings = _settings(options)
     listing = _listing(options)
@@ -180,7 +182,7 @@ def _prebin(options: argparse.Namespace) -> None:
         print(f"ignored {listing.passed_over}", file=sys.stderr)
     if options.preset:
         _check_preset(options, listing)
-    names = options.split.split(",") if options.split else [default_split(listing.sources)]
+    names = options.split.split(",") if options.split else [splits.default_split(listing.sources)]
     names = _possible_splits(options, listing, names)
     with open_destination(options.dest, options.source, settings, overwrite=options.overwrite):
         records, bad = make_tensors(
@@ -194,12 +196,12 @@ def _prebin(options: argparse.Namespace) -> None:
             raise UserError("no split was made: no recording can be used (see above)")
         if bad and not options.skip_bad:
             raise UserError("no split was made: replace the bad recordings, or give --skip-bad")
-        found = statistics(records.values())
+        counts = statistics(records.values())
         file = options.dest / "statistics.json"
         with explaining(file):
-            write_json(file, found)
-        print(table(found))
-        if saturated := found["all"]["saturated"]:
+            write_json(file, counts)
+        print(table(counts))
+        if saturated := counts["all"]["saturated"]:
             print(
                 f"{saturated} values were clipped to the maximum of {options.dtype}; use more"
                 " --timesteps, a larger --size or --dtype float16",
@@ -209,10 +211,7 @@ def _prebin(options: argparse.Namespace) -> None:
             _make_split(options, listing, records, settings, name, len(bad))
 
 
-def _settings(options: argparse.Namespace) -> "Settings":
-    from tetdist.apps.events.binning import Binning
-    from tetdist.apps.events.simulate import DEFAULT_SENSOR, SMALLEST_SENSOR, Simulation
-    from tetdist.apps.events.tensors import Settings
+def _settings(options: argparse.Namespace) -> Settings:
 
     binning = Binning(
         timesteps=options.timesteps,
@@ -233,11 +232,7 @@ def _settings(options: argparse.Namespace) -> "Settings":
     return Settings(binning, None, Simulation(width, height, options.seed))
 
 
-def _listing(options: argparse.Namespace) -> "Listing":
-    from tetdist.apps.events.folders import list_sources
-    from tetdist.apps.events.formats import SUFFIXES
-    from tetdist.apps.events.presets import expectation
-    from tetdist.apps.events.simulate import IMAGE_SUFFIXES
+def _listing(options: argparse.Namespace) -> Listing:
 
     try:
         return list_sources(options.source, IMAGE_SUFFIXES if options.simulate else SUFFIXES)
@@ -247,9 +242,8 @@ def _listing(options: argparse.Namespace) -> "Listing":
         raise UserError(f"{error}; {expectation(options.preset)}") from error
 
 
-def _check_preset(options: argparse.Namespace, listing: "Listing") -> None:
+def _check_preset(options: argparse.Namespace, listing: Listing) -> None:
     """Check that the source is the preset's data set; print what the preset sets."""
-    from tetdist.apps.events.presets import PRESETS, check_source
 
     warning = check_source(options.preset, options.source, listing.sources)
     preset = PRESETS[options.preset].options()
@@ -259,14 +253,11 @@ def _check_preset(options: argparse.Namespace, listing: "Listing") -> None:
         print(warning, file=sys.stderr)
 
 
-def _possible_splits(
-    options: argparse.Namespace, listing: "Listing", names: list[str]
-) -> list[str]:
+def _possible_splits(options: argparse.Namespace, listing: Listing, names: list[str]) -> list[str]:
     """Check that the splits are possible, before any tensor is made; return their names.
 
     A preset's splits that an incomplete data set cannot have are left out, with a message.
     """
-    from tetdist.apps.events import splits
 
     may_lack_some = options.preset and "split" not in options.given
     possible = list[str]()
@@ -289,16 +280,12 @@ def _possible_splits(
 
 def _make_split(
     options: argparse.Namespace,
-    listing: "Listing",
-    records: "dict[str, Record]",
-    settings: "Settings",
+    listing: Listing,
+    records: dict[str, Record],
+    settings: Settings,
     name: str,
     bad: int,
 ) -> None:
-    from tetdist.apps.events.presets import PRESETS
-    from tetdist.apps.events.split_roots import make_split
-    from tetdist.apps.events.splits import ALL_TO_VAL
-    from tetdist.datasets.recorded_split import description
 
     root = make_split(
         options.dest,
@@ -314,7 +301,7 @@ def _make_split(
     assert described is not None
     numbers = described["recordings"]
     made = "simulated from images, " if options.simulate else ""
-    if name == ALL_TO_VAL:
+    if name == splits.ALL_TO_VAL:
         command = f"{typed('eval')} RUN --data {root}"
         print(f"{root}: {made}{numbers['val']} to test; {command}")
         return
