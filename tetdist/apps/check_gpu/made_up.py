@@ -83,8 +83,8 @@ class MadeUp:
 
     def __call__(self, lr: float = 0.01) -> Tensor:
         """Take a step; return its mean loss, (), without waiting for the device."""
-        given = itertools.islice(self._batches, len(self.step.micro_batches))
-        _, sums = self.step.take(next(self._numbers), given, lr)
+        micro_batches = itertools.islice(self._batches, len(self.step.micro_batches))
+        _, sums = self.step.take(next(self._numbers), micro_batches, lr)
         return sums[LOSS] / sums[SAMPLES]
 
     def close(self) -> None:

@@ -41,13 +41,13 @@ NORM_ADD, NORM_POOL, ATTENTION = "norm and sum", "norm and pooling", "attention"
 
 def kinds() -> dict[str, NeuronConfig | None]:
     """Return the kinds of neurons that have kernels, more LIF neurons, and layers without any."""
-    found = {name: make({"kind": name}) for name in NEURONS}
-    found |= {
+    neurons = {name: make({"kind": name}) for name in NEURONS}
+    neurons |= {
         "lif, atan": LIF(decay=1.0, surrogate="atan", detach_reset=True, fires_at_threshold=True),
         "lif, soft": LIF(reset="soft", surrogate="sigmoid", fires_at_threshold=True),
         "lif, rectangle": LIF(reset="soft", surrogate="rectangle", detach_reset=True),
     }
-    with_kernels = {name: one for name, one in found.items() if one.has_kernels}
+    with_kernels = {name: one for name, one in neurons.items() if one.has_kernels}
     return {**with_kernels, NORM_ADD: None, NORM_POOL: None, ATTENTION: LIF()}
 
 
@@ -149,35 +149,35 @@ class Layer(nn.Module):
             return rows.unflatten(0, sizes)
 
         of = 1 if case.given == "shared" else case.timesteps
-        found = {"current": normal(of if config else case.timesteps, batch)}
-        found["shortcut"] = normal(of, batch)
+        inputs = {"current": normal(of if config else case.timesteps, batch)}
+        inputs["shortcut"] = normal(of, batch)
         # More than one spike of a neuron that sends more.
         most = config.highest if config and case.kind == ATTENTION else 1
         for name in QKV if case.kind == ATTENTION else ("spikes",):
-            found[name] = (most * normal(case.timesteps, batch)).clamp(0, most).ceil()
+            inputs[name] = (most * normal(case.timesteps, batch)).clamp(0, most).ceil()
         if self.carries:
             earlier = (config.order - 1,) if isinstance(config, SlidingPSN) else ()
-            found["membrane"] = normal(*earlier, batch, dtype=torch.float32)
-        return found
+            inputs["membrane"] = normal(*earlier, batch, dtype=torch.float32)
+        return inputs
 
     def forward(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return spikes, or sums without neurons; also in bytes; and membranes at the end."""
         carried_by = [self.layer] if self.carries else []
         starts = [inputs["membrane"]] if self.carries else None
         with carrying_membranes(carried_by, starts) as ends:
-            found = self._outputs(inputs)
-            return found | ({"membrane": ends()[0]} if self.carries else {})
+            outputs = self._outputs(inputs)
+            return outputs | ({"membrane": ends()[0]} if self.carries else {})
 
     def _outputs(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        current, shortcut, given = inputs["current"], inputs["shortcut"], self.case.given
+        current, shortcut, form = inputs["current"], inputs["shortcut"], self.case.given
         if self.case.kind == ATTENTION:
             q, k, v = (inputs[name] for name in QKV)
             out = self.attention.fired(q, k, v, self.layer)
         elif self.case.kind == NORM_ADD:
             out = self.layer(current, shortcut, self.norm)
         elif isinstance(self.layer, NormNeuron):
-            added = shortcut if "shortcut" in given else None
-            spikes = inputs["spikes"] if given == "spikes" else None
+            added = shortcut if "shortcut" in form else None
+            spikes = inputs["spikes"] if form == "spikes" else None
             out = self.layer(current, self.case.timesteps, added, spikes, self.norm)
         else:
             out = self.layer(current)
@@ -195,18 +195,20 @@ def check_numerics(here: Machine) -> Finding:
     layers = [*cases([*LIMITS]), *ON_GPU] if here.on_gpu else cases([*LIMITS][:2])
     # Processes of a host share compiled kernels, so each begins elsewhere.
     first = here.world.rank * len(layers) // here.world.world_size
-    found: dict[str, float] = {}
+    deviations: dict[str, float] = {}
     wrong = []
     for case in (*layers[first:], *layers[:first]):
         here.progress(str(case))
-        name, found[str(case)] = compared(case, here.world.device)
-        if not found[str(case)] <= 1:
-            wrong.append(f"{case}: {name} differs by {found[str(case)]:.3g} times the limit")
+        name, deviations[str(case)] = compared(case, here.world.device)
+        if not deviations[str(case)] <= 1:
+            wrong.append(f"{case}: {name} differs by {deviations[str(case)]:.3g} times the limit")
     if wrong:
         text = f"{len(wrong)} of {len(layers)} layers are wrong: {wrong[0]}"
         return Finding("bad", text, REMEDY, {"wrong_layers": wrong})
-    text = f"{len(layers)} layers are as defined, within {max(found.values()):.2f} of the limits"
-    return Finding("ok", text, None, {"of_limits": found})
+    text = (
+        f"{len(layers)} layers are as defined, within {max(deviations.values()):.2f} of the limits"
+    )
+    return Finding("ok", text, None, {"of_limits": deviations})
 
 
 def compared(case: Case, device: torch.device) -> tuple[str, float]:
@@ -235,10 +237,10 @@ def differences(case: Case, device: torch.device, seed: int) -> dict[str, float]
     exact.layer.execution = "reference"
     wide = {name: x.double() for name, x in inputs.items()}
     ours, right = results(layer, inputs, seed), results(exact, wide, seed)
-    found, same = {}, torch.ones((), device=device)
+    deviations, same = {}, torch.ones((), device=device)
     if isinstance(layer.layer, NeuronLayer):
         differ = (ours.pop("spikes") != right["spikes"]) | (ours.pop("bytes") != right["bytes"])
-        found["spikes"] = float(differ.double().mean()) / SPIKES_LIMIT
+        deviations["spikes"] = float(differ.double().mean()) / SPIKES_LIMIT
         same = (~differ.any(0)).double()
     # Matrix units also round the factors of attention's gradients.
     limit = LIMITS[case.dtype] * (4 if case.kind == ATTENTION else 1)
@@ -246,8 +248,8 @@ def differences(case: Case, device: torch.device, seed: int) -> dict[str, float]
         counted = same if x.shape[-3:] == same.shape[-3:] else 1.0
         square = ((x - right[name]) * counted).square().mean()
         size = right[name].square().mean().sqrt().clamp(min=1e-30)
-        found[name] = float(square.sqrt() / size) / limit
-    return found
+        deviations[name] = float(square.sqrt() / size) / limit
+    return deviations
 
 
 def results(layer: Layer, inputs: Mapping[str, Tensor], seed: int) -> dict[str, Tensor]:
@@ -256,11 +258,13 @@ def results(layer: Layer, inputs: Mapping[str, Tensor], seed: int) -> dict[str, 
     for name in ("spikes", *QKV):
         if name in inputs and inputs[name].dtype == dtype:
             with_packed(leaves[name], pack(inputs[name]))
-    found: dict[str, Any] = layer(leaves)
+    results: dict[str, Any] = layer(leaves)
     generator = torch.Generator().manual_seed(seed)
-    ends = [found[name] for name in ("spikes", "membrane") if name in found]
+    ends = [results[name] for name in ("spikes", "membrane") if name in results]
     gradients = [torch.randn(x.shape, generator=generator).to(dtype).to(x) for x in ends]
     torch.autograd.backward(ends, gradients)
     named = itertools.chain(leaves.items(), layer.named_parameters())
-    found |= {f"gradient of {name}": x.grad for name, x in named if x.grad is not None}
-    return {name: x.detach().double() for name, x in (found | dict(layer.named_buffers())).items()}
+    results |= {f"gradient of {name}": x.grad for name, x in named if x.grad is not None}
+    return {
+        name: x.detach().double() for name, x in (results | dict(layer.named_buffers())).items()
+    }

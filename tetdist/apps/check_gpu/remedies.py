@@ -52,8 +52,8 @@ def of(error: Exception) -> str | None:
         return cause + torch_for(*seen)
     if isinstance(error, UserError | ModuleNotFoundError):
         return sentence(error)
-    found = (remedy for pattern, remedy in _BY_TEXT if re.search(pattern, text, re.IGNORECASE))
-    return next(found, None)
+    remedies = (remedy for pattern, remedy in _BY_TEXT if re.search(pattern, text, re.IGNORECASE))
+    return next(remedies, None)
 
 
 def torch_for(driver: int | None, gpu: tuple[int, int] | None) -> str:
@@ -74,8 +74,8 @@ def torch_for(driver: int | None, gpu: tuple[int, int] | None) -> str:
 def driver_and_gpu() -> tuple[int | None, tuple[int, int] | None]:
     """Return the driver's major version and the first GPU's capability; None: unknown."""
     with contextlib.suppress(OSError, subprocess.SubprocessError):
-        if found := re.match(r"(\d+)[\d.]*, (\d+)\.(\d+)", smi("driver_version,compute_cap")):
-            driver, major, minor = map(int, found.groups())
+        if versions := re.match(r"(\d+)[\d.]*, (\d+)\.(\d+)", smi("driver_version,compute_cap")):
+            driver, major, minor = map(int, versions.groups())
             return driver, (major, minor)
     return None, None
 

@@ -61,19 +61,19 @@ def run_checks(
         for name in names:
             progress("the start")
             try:
-                found = CHECKS[name](dataclasses.replace(here, progress=progress))
+                finding = CHECKS[name](dataclasses.replace(here, progress=progress))
                 here.world.wait_for_device()
             except Exception as error:
                 watch.await_verdict(error)  # does not return if a lost process is the cause
                 text = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
                 stack = {"traceback": traceback.format_exc()}
-                found = Finding("bad", text, remedies.of(error), stack)
+                finding = Finding("bad", text, remedies.of(error), stack)
                 if here.world.world_size > 1 and name in TOGETHER:
-                    add(name, [found])
+                    add(name, [finding])
                     raise
             finally:
                 faulthandler.cancel_dump_traceback_later()
-            add(name, here.world.gather(found))
+            add(name, here.world.gather(finding))
             if here.on_gpu:
                 # Free the memory for the next check.
                 gc.collect()
@@ -84,7 +84,7 @@ def reported(findings: Sequence[Finding]) -> dict[str, Any]:
     """Return a check's findings by rank for the report: one that is bad, else one with advice."""
     order = ("bad", "ok", "left out")
     worst = min(findings, key=lambda x: (order.index(x.status), x.remedy is None))
-    bad = [str(rank) for rank, found in enumerate(findings) if found.status == "bad"]
+    bad = [str(rank) for rank, finding in enumerate(findings) if finding.status == "bad"]
     where = f"rank {', '.join(bad)}: " if 0 < len(bad) < len(findings) else ""
     shown = {"status": worst.status, "text": where + worst.text, "remedy": worst.remedy}
     by_rank = [{"status": one.status, "text": one.text, **one.numbers} for one in findings]

@@ -58,9 +58,9 @@ def check_steps(here: Machine) -> Finding:
     numbers: dict[str, dict[str, Any]] = {}
     for name, settings in (VARIANTS | (VARIANTS_ON_GPU if here.on_gpu else {})).items():
         here.progress(name)
-        numbers[name] = found = take(here, **{"precision": "bf16"} | settings)
-        wrong, remedy, plain = found.pop("wrong"), REPORT, numbers[EQUAL.get(name, name)]
-        if wrong is None and plain["results"] != found["results"]:
+        numbers[name] = result = take(here, **{"precision": "bf16"} | settings)
+        wrong, remedy, plain = result.pop("wrong"), REPORT, numbers[EQUAL.get(name, name)]
+        if wrong is None and plain["results"] != result["results"]:
             wrong, remedy = f"results differ from those of {EQUAL[name]}", WITHOUT_GRAPHS
         # All processes end here, since those that went on would wait for the others.
         if anywhere := [one for one in here.world.gather(wrong) if one is not None]:
@@ -124,17 +124,17 @@ def alone(step: MadeUp) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         model.set_execution("reference")
     place(model, world.device, config.precision)
     before = {name: x.clone() for name, x in model.state_dict().items()}
-    given = []
+    gathered = []
     for number in range(len(step.step.micro_batches)):
         of_ranks = [step.batch_of(rank, number) for rank in range(world.world_size)]
         if config.batch_norm.sync:
             images_of, labels_of = zip(*of_ranks, strict=True)
             of_ranks = [(torch.cat(images_of), torch.cat(labels_of))]
-        given += of_ranks
-    for images, labels in given:
+        gathered += of_ranks
+    for images, labels in gathered:
         with autocast(world.device, config.precision):
             logits = model(images, per_timestep=True)
-        (compute_loss(config.loss, logits, labels) / len(given)).backward()
+        (compute_loss(config.loss, logits, labels) / len(gathered)).backward()
     batch_norm.update_running_statistics(model, lambda x: x)
     with torch.no_grad():
         for parameter in model.parameters():
