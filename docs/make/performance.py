@@ -1,9 +1,10 @@
-"""Measure training steps on this machine's CPU, and write docs/performance.md.
+"""Measure training steps on this machine's CPU, and write the tables of docs/performance.md.
 
     python docs/make/performance.py                        # what is not recorded yet
     python docs/make/performance.py --again sew_resnet34   # some entries anew
 
-docs/performance/results.json has the record. Each contestant of an entry is a process of its own,
+docs/performance/results.json has the record. The page names machine and day of the first table by
+hand. Each contestant of an entry is a process of its own,
 since OMP_WAIT_POLICY, the way in which threads wait for one another, is read once by torch. tetdist
 waits as its commands do, and each other contestant in the way that is faster for it.
 """
@@ -25,6 +26,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
+import pages
 import torch
 from relu_networks import relu_network
 from torch import Tensor, nn
@@ -338,85 +340,9 @@ def transformer_table(found: dict[str, Any]) -> str:
 
 
 def page(found: dict[str, Any]) -> str:
-    """Return the whole page."""
-    machine = found[f"{STEP}-fp32"]["machine"]
-    return f"""# Performance, measured
-
-After this page you know the time and memory of a training step, and how to measure them yourself.
-
-## Measure your machine
-
-```
-python tools/bench.py step --model sew_resnet34 --precision bf16 --modes none blocks
-python tools/bench.py loader --data FOLDER --threads 8
-```
-
-| command | measures |
-|---|---|
-| `step` | forward and backward pass on random images, and on a GPU the peak memory |
-| `loader` | images a second from JPEG files to augmented batches |
-
-`step` leaves out the update, and shows the ReLU network's time beside SEW- and Spiking-ResNets.
-With `--json FILE`, [the plan of a Slurm job](slurm.md) computes hours from a measurement. On GPUs,
-[check_gpu](check_gpu.md) compares with the ReLU network, too. For several processes, compare [short
-runs](scaling.md#measure-first).
-
-## A training step
-
-{STEP}, T=4, 224 pixels, batch 4, on a CPU ({machine["device"]}, {machine["threads"]} threads,
-Python {machine["python"]}, torch {machine["torch"]}, {found[f"{STEP}-fp32"]["day"]}).
-
-{step_table(found)}
-
-* "ReLU" is the ReLU network with the same convolutions (timm's ResNet) on T times the batch.
-  "spikingjelly" is spikingjelly 2.0.0, its network of the same name with the same neuron.
-* "blocks" and "timesteps" are `recompute: blocks` and `recompute: {{timesteps: 2}}`. Blocks need a
-  sixth of the activation memory for 27 % more time.
-* MiB an image is the largest memory that autograd keeps for the backward pass. It grows in
-  proportion to T.
-* The first step also builds kernels that are not in the cache: 2 to 9 s, once per machine.
-
-## Other networks
-
-ResNets and VGG take 0.95 to 1.09 times the time of their ReLU networks. ms_resnet34 and
-psn_sew_resnet34 were measured with one thread while other programs used the machine, and
-preact_resnet34 in fp32 with much interference: only their ratios are reliable.
-
-{resnet_table(found)}
-
-Transformers have no ReLU network. In the columns "blocks" and "spikingjelly" are the time relative
-to tetdist without recomputation, and the memory; empty cells were not measured.
-
-{transformer_table(found)}
-
-spikingjelly's networks here were built of its neurons like the authors' code; commit d1ca4e46 has
-them. All rows but fp32 of qkformer_10_384 and sdt_8_384, and bf16 of both without recomputation,
-were measured with one thread while other programs used both cores.
-
-## Loading and several processes
-
-These were measured on 26 November 2026 at commit d1ca4e46, whose benchmarks also had the other
-loaders and several processes.
-
-* **Loading.** tetdist delivers 1,862 images/s of 224 pixels from ImageNet's JPEGs on two threads;
-  torchvision's DataLoader with two workers 845, and a pipeline of DALI's own reader 1,421.
-* **Several processes.** Two processes on one core each reach 92 % of twice one's rate with one
-  micro-batch of 4 a step ({STEP}, bf16, DeepSpeed), and 98 % with four.
-
-## Method
-
-`python docs/make/performance.py` measures what docs/performance/results.json lacks, and makes this
-page. The contestants of an entry take turns, step by step. Times are medians, ratios the medians of
-each round's ratio. Each contestant is a process of its own, because torch reads only once how
-threads wait for one another: asleep (OMP_WAIT_POLICY=PASSIVE) or spinning. tetdist's wait as in
-training, and each other contestant's in the way that is faster for it.
-
-## Limits
-
-* **GPUs.** No GPU has run tetdist. [check_gpu](check_gpu.md) measures one.
-* **Days.** Entries are of 25 and 26 November 2026, when the machine was of different speed, and
-  other programs used it at times. Compare seconds only within an entry; memory can be compared.
-"""
+    """Return the page with new tables."""
+    tables = [step_table(found), resnet_table(found), transformer_table(found)]
+    return pages.with_tables(PAGE.read_text(), tables)
 
 
 if __name__ == "__main__":
