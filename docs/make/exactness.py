@@ -1,12 +1,13 @@
 """Measure the exactness of runs: the same run at any world size, ZeRO stage and stop.
 
-    python docs/make/exactness.py --data data/digits --output docs/exactness.md
+    python docs/make/exactness.py --data data/digits
 
 It trains small networks for some steps several times, in real processes (on the CPU, over gloo),
-stops some of them by real signals, and writes the differences of the results. There are two parts,
-each of some ten minutes on two cores, which `--part` makes alone: a plain SEW-ResNet, and a
-QKFormer with everything that draws random numbers or averages weights. The data must be indexed
-(tools/images.py index, or make quickstart).
+stops some of them by real signals, and writes the differences of the results into the tables of
+docs/exactness.md, whose other text is written by hand. There are two parts, each of some ten
+minutes on two cores, which `--part` makes alone: a plain SEW-ResNet, and a QKFormer with everything
+that draws random numbers or averages weights. The data must be indexed (tools/images.py index, or
+make quickstart).
 """
 
 import argparse
@@ -22,10 +23,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import pages
 from exactness_runs import COMPARED, Runs, Stop, compare, identical, loss_difference
 
 from tetdist.datasets.index import index_splits
 from tetdist.tables import markdown
+from tetdist.tracking.environment import environment
 
 STEPS = 30
 TERM, KILL, INT, USR1 = signal.SIGTERM, signal.SIGKILL, signal.SIGINT, signal.SIGUSR1
@@ -48,12 +51,7 @@ CONFIG: dict[str, Any] = {
 
 IDENTICAL = "bitwise identical"
 EVERYTHING = "## All features together"  # where the second part begins
-LIMITS = """## Limits
-
-* All runs here are short, of small networks, on CPUs of one host. No GPU has run them.
-* With DeepSpeed the gradient's norm is not compared between stages: DeepSpeed adds it up in another
-  order, which changes its last bit.
-"""
+PAGE = Path(__file__).parents[1] / "exactness.md"
 STOPS, STOPS_SEED = 20, 16
 # Two epochs of six steps, of which the second mixes nothing.
 STOPPED = ("batch.global=8", "data.mixing.off_epoch=1")
@@ -98,18 +96,11 @@ def main(arguments: list[str] | None = None) -> int:
         prog="docs/make/exactness.py", description=__doc__.split("\n")[0]
     )
     parser.add_argument("--data", type=Path, required=True, help="an indexed folder of images")
+    parser.add_argument("--part", choices=("plain", "everything"), help="make this part only")
     parser.add_argument(
-        "--output", type=Path, metavar="FILE.md", help="also write the report there"
+        "--quick", action="store_true", help="make only a few of the runs, and print their tables"
     )
-    parser.add_argument(
-        "--part",
-        choices=("plain", "everything"),
-        help="make this part only, and keep the other one that --output holds",
-    )
-    parser.add_argument("--quick", action="store_true", help="make only a few of the runs")
     options = parser.parse_args(arguments)
-    if options.part and not (options.output and options.output.is_file()):
-        parser.error("--part: --output FILE.md must exist and hold the other part")
     if not (options.data / "index" / "train.npz").is_file():
         print(
             f"error: --data: {options.data} is not indexed; python tools/images.py index "
@@ -117,37 +108,29 @@ def main(arguments: list[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 2
-    parts = dict.fromkeys(("plain", "everything"), "")
-    if options.part:
-        parts["plain"], _, rest = options.output.read_text().partition(EVERYTHING)
-        parts["everything"] = EVERYTHING + rest.partition(LIMITS)[0]
+    plain, heading, everything = PAGE.read_text().partition(EVERYTHING)
     with tempfile.TemporaryDirectory(prefix="exactness-") as name:
         folder = Path(name)
         if options.part != "everything":
             runs = Runs(folder / "plain", CONFIG, options.data)
-            parts["plain"] = "\n\n".join(
-                [
-                    heading(options),
-                    world_sizes(runs, options.quick),
-                    stages(runs, options.quick),
-                    stops(runs, options.quick),
-                ]
-            )
+            tables = [*processes(runs, options.quick), *stages(runs, options.quick)]
+            tables.append(stops(runs, options.quick))
+            plain = changed(plain, [made(options, "plain"), *tables], options.quick)
         if options.part != "plain":
             first_images(options.data, folder / "data")
             runs = Runs(folder / "everything", CONFIG_OF_ALL, folder / "data")
-            parts["everything"] = "\n\n".join(
-                [
-                    heading_of_all(options),
-                    processes_with_all(runs, options.quick),
-                    stops_with_all(runs, options.quick),
-                ]
-            )
-    report = "\n\n".join(part.strip() for part in (*parts.values(), LIMITS))
-    print(report)
-    if options.output:
-        options.output.write_text(report + "\n")
+            tables = [world_sizes(runs, options.quick, "moving average")]
+            tables.append(random_stops(runs, options.quick))
+            everything = changed(everything, [made(options, "everything"), *tables], options.quick)
+    PAGE.write_text(plain + heading + everything)
     return 0
+
+
+def changed(text: str, tables: list[str], quick: bool) -> str:
+    """Return a part of the page with new tables, which are printed; a quick one as it was."""
+    print(*tables, sep="\n\n")
+    new = pages.with_tables(text, tables)
+    return text if quick else new
 
 
 def first_images(source: Path, root: Path) -> None:
@@ -160,62 +143,48 @@ def first_images(source: Path, root: Path) -> None:
     index_splits(root)
 
 
-# --- the report --------------------------------------------------------------------------------
+# --- the tables --------------------------------------------------------------------------------
 
 
 def made(options: argparse.Namespace, part: str) -> str:
-    """Return the sentence with the command, date and machine of a part."""
-    from tetdist.tracking.environment import environment
-
-    found = environment()
-    packages = ", ".join(f"{k} {v}" for k, v in found["packages"].items() if k != "tetdist")
-    return f"""Made by `python docs/make/exactness.py --data {options.data.name} --part {part}` on
-{datetime.date.today():%-d %B %Y}; {found["cpu"]}, {found["usable_cores"]} cores, Python
-{platform.python_version()}, {packages}."""
-
-
-def heading(options: argparse.Namespace) -> str:
-    model, batch = CONFIG["model"], CONFIG["batch"]
-    return f"""# Exactness, measured
-
-After this page you know which runs are bitwise identical, and which agree up to rounding.
-
-{made(options, "plain")}
-
-Every run below is {STEPS} steps of {model["name"]} (width {model["arguments"]["width"]}, T=2,
-{CONFIG["data"]["image_size"]} pixels) with SGD and momentum, global batch {batch["global"]} in
-micro-batches of {batch["micro"]}, in real processes over gloo, evaluated at the end. A difference
-is the largest over all steps or all elements of a tensor, relative to the largest value of the
-other run."""
+    """Return a line with the command, date and machine of a part."""
+    machine = environment()
+    packages = ", ".join(f"{k} {v}" for k, v in machine["packages"].items() if k != "tetdist")
+    return (
+        f"* Made: `python docs/make/exactness.py --data {options.data.name} --part {part}` on "
+        f"{datetime.date.today():%-d %B %Y}; {machine['cpu']}, {machine['usable_cores']} cores, "
+        f"Python {platform.python_version()}, {packages}."
+    )
 
 
-def world_sizes(runs: Runs, quick: bool) -> str:
-    one = runs("float64-1", *FLOAT64)
+def world_sizes(runs: Runs, quick: bool, *more: str) -> str:
+    """Return the table of runs on several processes against the run on one process, in float64.
+
+    Args:
+        more: Columns beside those of every comparison.
+    """
+    single = runs("float64-1", *FLOAT64)
     rows = [
-        [str(world), *compare(runs(f"float64-{world}", *FLOAT64, world=world), one)]
+        [str(world), *compare(runs(f"float64-{world}", *FLOAT64, world=world), single)]
         for world in ((2,) if quick else (2, 3, 4))
     ]
-    again = []
+    return markdown(["processes", *COMPARED, *more], rows)
+
+
+def processes(runs: Runs, quick: bool) -> list[str]:
+    """Return the table of any number of processes, and that of runs that changed it."""
+    table, rows = world_sizes(runs, quick), []
     moves = [(1, 3, 7)] if quick else [(1, 3, 7), (4, 2, 12), (3, 4, 21)]
     for before, after, step in moves:
         name = f"moved-{before}-{after}"
         runs(name, *FLOAT64, world=before, stop=Stop(step, TERM, (before - 1,)))
-        run = runs(name, *FLOAT64, world=after)
-        again.append([f"{before}, then {after}", str(step), *compare(run, one)])
-    return f"""## Any number of processes: float64
-
-In float64 rounding flips no spike, so a difference above 1e-9 would be a fault. Each run is
-compared with the run on one process, with the torch engine:
-
-{markdown(["processes", *COMPARED], rows)}
-
-These runs were stopped (SIGTERM to one process) after the given step and resumed on another number
-of processes:
-
-{markdown(["processes", "stopped after", *COMPARED], again)}"""
+        cells = compare(runs(name, *FLOAT64, world=after), runs.folder / "float64-1")
+        rows.append([f"{before}, then {after}", str(step), *cells])
+    return [table, markdown(["processes", "stopped after", *COMPARED], rows)]
 
 
-def stages(runs: Runs, quick: bool) -> str:
+def stages(runs: Runs, quick: bool) -> list[str]:
+    """Return the table of DeepSpeed's stages and its controls, and the only cause of drift."""
     one = runs("float32-0-1")
     cases = [(0, 2), (1, 1)] if quick else [(0, 2), (0, 4), (1, 1), (1, 2), (1, 4), (2, 2), (2, 4)]
     found = [
@@ -243,22 +212,12 @@ def stages(runs: Runs, quick: bool) -> str:
     control, stage1 = runs.folder / "control-contiguous", runs.folder / "float32-1-1"
     # Its norm of the gradient is DeepSpeed's own sum, in another order.
     same = identical(stage1, control, but=("grad_norm",))
-    return f"""## DeepSpeed's stages: float32
-
-Each run is compared with stage 0 on one process with one thread. In float32 and bfloat16, rounding
-flips a spike sooner or later, and from there on two runs drift apart. The controls change only the
-rounding, on one process at stage 0: by the number of threads, by the memory layout of the weights,
-or by the kernels of normalisation and neuron.
-
-{markdown(head, rows)}
-
-More processes round differently, and drift no further than the controls. Stages 1 and 2 differ from
-stage 0 because their weights are views of flat buffers, not channels_last, so the convolutions run
-other kernels. This is the only cause. Stage 1 on one process against stage 0 with contiguous
-weights, over whole runs: {same}."""
+    cause = "Stage 1 on one process against stage 0 with contiguous weights, over whole runs"
+    return [markdown(head, rows), f"* {cause}: {same}"]
 
 
 def stops(runs: Runs, quick: bool) -> str:
+    """Return the table of stopped and resumed runs on two processes."""
     straight = {stage: runs.folder / f"float32-{stage}-2" for stage in (0, 1, 2)}
     cases = [
         (0, Stop(1, TERM, (0,))),
@@ -278,13 +237,7 @@ def stops(runs: Runs, quick: bool) -> str:
         runs(name, f"zero_stage={stage}", world=2, stop=stop)
         run = runs(name, f"zero_stage={stage}", world=2)
         rows.append([str(stage), str(stop), identical(run, straight[stage])])
-    return f"""## Stopped and resumed: float32, DeepSpeed, two processes
-
-Runs were stopped by SIGTERM, SIGKILL, SIGINT and SIGUSR1 to one rank or all, after steps 1 to
-{STEPS}. Each is compared with the same run without a stop, in metrics, weights, running statistics,
-optimiser and samples.
-
-{summary(["stage"], rows)}"""
+    return summary(["stage"], rows)
 
 
 def summary(columns: list[str], rows: list[list[str]]) -> str:
@@ -304,38 +257,8 @@ def summary(columns: list[str], rows: list[list[str]]) -> str:
     return markdown([*columns, "stops", "result"], table)
 
 
-def heading_of_all(options: argparse.Namespace) -> str:
-    model, data, ema = (CONFIG_OF_ALL[key] for key in ("model", "data", "ema"))
-    optimizer = CONFIG_OF_ALL["phases"][0]["optimizer"]
-    return f"""{EVERYTHING}
-
-{made(options, "everything")}
-
-Here every run is {ALL_STEPS} steps of a QKFormer (widths 8, 8, 16; T=2) with fused kernels and
-
-* stochastic depth ({model["arguments"]["drop_path_rate"]}), label smoothing;
-* RandAugment ({data["auto_augment"]}), random erasing;
-* each sample {data["repeats"]} times in a row;
-* mixup and CutMix by micro-batch, off in the last epochs;
-* LAMB with layer decay {optimizer["layer_decay"]}, warm-up and gradient clipping;
-* a moving average of the weights with decay {ema["decay"]} and warm-up, also evaluated."""
-
-
-def processes_with_all(runs: Runs, quick: bool) -> str:
-    one = runs("float64-1", *FLOAT64)
-    rows = [
-        [str(world), *compare(runs(f"float64-{world}", *FLOAT64, world=world), one)]
-        for world in ((2,) if quick else (2, 3, 4))
-    ]
-    columns = ["processes", *COMPARED, "moving average"]
-    return f"""### Any number of processes: float64
-
-Each run is compared with the run on one process, with the torch engine:
-
-{markdown(columns, rows)}"""
-
-
-def stops_with_all(runs: Runs, quick: bool) -> str:
+def random_stops(runs: Runs, quick: bool) -> str:
+    """Return the table of stops that are drawn at random."""
     chance = random.Random(STOPS_SEED)
     cases: list[tuple[str, int, Stop]] = []
     for _ in range(2 if quick else STOPS):
@@ -361,13 +284,7 @@ def stops_with_all(runs: Runs, quick: bool) -> str:
     # Processes that wait for one another leave a core to others.
     with ThreadPoolExecutor(4) as pool:
         rows = list(pool.map(row, range(len(cases))))
-    return f"""### {STOPS} random stops: float32
-
-The global batch is 8. Engine, number of processes, step, signal and the ranks that get it are drawn
-(seed {STOPS_SEED}). Each run is compared with the same run without a stop, in metrics, weights and
-their moving average, running statistics, optimiser, samples and pixels.
-
-{summary(["engine", "processes"], rows)}"""
+    return summary(["engine", "processes"], rows)
 
 
 if __name__ == "__main__":
