@@ -2,13 +2,9 @@
 
 The kernels are called with tensors without contents, and each launch is noted instead of done;
 Triton compiles what was noted for a GPU of a given kind, and brings assembler and disassembler.
-tests/nn/test_triton_code.py compares what is counted with docs/performance/gpu_code.json, which
-docs/make/gpu.py writes. All of it is computed, not measured.
 """
 
-import collections
 import contextlib
-import re
 import subprocess
 import tempfile
 from collections.abc import Iterator
@@ -29,7 +25,6 @@ from tetdist.nn.fast import triton_kernels
 from tetdist.nn.fast.fused import Affine, Inputs
 from tetdist.nn.fast.pooling import Pooled
 from tetdist.nn.neurons import LIF, NeuronConfig
-from tetdist.nn.parallel_neurons import PSN
 
 CAPABILITIES = (80, 90)  # A100, H100
 _TYPES = {
@@ -39,7 +34,6 @@ _TYPES = {
     torch.float16: "fp16",
     torch.uint8: "u8",
 }
-_BYTES = {"f64": 8, "f32": 4, "bf16": 2, "f16": 2, "i8": 1}
 
 
 @dataclass(frozen=True)
@@ -218,73 +212,12 @@ def packing(images: int = 128) -> list[Launch]:
     return launches
 
 
-def recorded_launches() -> dict[str, Launch]:
-    """The launches whose code is recorded, by name."""
-    layer = Layer()
-    named = {launch.name: launch for launch in layer.launches()}
-    fire = next(one for one in Layer(identity=True).launches() if one.name == "fire")
-    named["fire with identity"] = fire
-    for launch in Layer(neuron=PSN(timesteps=4)).launches():
-        if launch.known.get("T"):
-            named[f"{launch.name} psn"] = launch
-    for launch in Stream().launches():
-        # Those of neurons are what they are behind a norm, too, but without it.
-        name = f"{launch.name} alone" if launch.name in named else launch.name
-        if launch.name != "finish_sums":
-            named[name] = launch
-    named |= {f"attention {launch.name}": launch for launch in Attention().launches()}
-    for launch in pooling():
-        gain = dict(zip(launch.kernel.arg_names, launch.arguments, strict=False)).get("gain")
-        is_normalized = launch.name == "backward" and gain is not None
-        named[f"pool {launch.name}{'_normalized' if is_normalized else ''}"] = launch
-    del named["pool finish_sums"]
-    return named | {launch.name: launch for launch in packing()}
+def compiled(launch: Launch, capability: int) -> tuple[str, str]:
+    """Compile a kernel as it would be for this launch, for a GPU of a kind (80, 90).
 
-
-@dataclass(frozen=True)
-class Code:
-    """The machine code of a kernel for one kind of GPU.
-
-    Attributes:
-        instructions: Number of them in machine code, padding left out.
-        registers: A thread's.
-        calls: Of functions.
-        operations: How many instructions of each kind, {"FADD": 40, ...}.
-        memory: How many loads and stores of each width, {"LDG.128": 4, ...}: of global memory
-            (LDG, STG) and of what did not fit into registers (LDL, STL).
-        intermediate: Triton's own code of it.
+    Returns:
+        Triton's own code of it, and its disassembled machine code.
     """
-
-    instructions: int
-    registers: int
-    calls: int
-    operations: dict[str, int]
-    memory: dict[str, int]
-    intermediate: str
-
-    @property
-    def spills(self) -> int:
-        """Loads and stores of what did not fit into registers."""
-        return sum(
-            number for name, number in self.memory.items() if name.startswith(("LDL", "STL"))
-        )
-
-    def bytes_of_number(self, timesteps: int) -> float:
-        """Bytes that are loaded and stored for a number and timestep.
-
-        Counted are loads and stores of whole tiles, of which a loop's body works on one; what is
-        there once a channel is left out.
-        """
-        found = re.findall(
-            r"tt\.(?:load|store) [^\n]*: tensor<(\d+)x(\d+)x!tt\.ptr<(\w+)>>", self.intermediate
-        )
-        tiles = {(int(rows), int(columns)) for rows, columns, _ in found}
-        assert len(tiles) == 1, tiles
-        return sum(_BYTES[kind] for _, _, kind in found) / timesteps
-
-
-def compiled(launch: Launch, capability: int) -> Code:
-    """Compile a kernel as it would be for this launch, for a GPU of a kind (80, 90)."""
     constants, attributes = dict(launch.known), {}
     options = {name: constants.pop(name) for name in ("num_warps", "enable_fp_fusion")}
     signature = dict.fromkeys(launch.kernel.arg_names, "constexpr")
@@ -301,43 +234,9 @@ def compiled(launch: Launch, capability: int) -> Code:
     source = ASTSource(launch.kernel, signature=signature, constexprs=constants, attrs=attributes)
     target = GPUTarget("cuda", capability, 32)
     kernel = triton.compile(source, target=target, options=options)
-    return _read(kernel)
-
-
-def _read(kernel: Any) -> Code:
-    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    disassembler = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
-        text, usage = (
-            subprocess.check_output([tools / tool, option, file.name], text=True, timeout=60)
-            for tool, option in (("nvdisasm", "-c"), ("cuobjdump", "-res-usage"))
-        )
-    operations = _operations(text)
-    memory: collections.Counter[str] = collections.Counter()
-    for operation in operations:
-        kind, *rest = operation.split(".")
-        if kind in ("LDG", "STG", "LDL", "STL"):
-            width = next((part for part in rest if part in ("64", "128", "U8", "U16", "S8")), "32")
-            memory[f"{kind}.{width.lstrip('US')}"] += 1
-    found = re.search(r"REG:(\d+)", usage)
-    assert found is not None, usage
-    return Code(
-        len(operations),
-        int(found[1]),
-        # Of a function, which has a name; the assembler also jumps by this instruction.
-        len(re.findall(r"\bCALL\.[^;]*\$", text)),
-        dict(collections.Counter(operation.split(".")[0] for operation in operations)),
-        dict(sorted(memory.items())),
-        kernel.asm["ttir"],
-    )
-
-
-def _operations(text: str) -> list[str]:
-    """The operations that nvdisasm lists."""
-    operations = re.findall(
-        r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?\s*([A-Z][^;\s]*)", text, re.M
-    )
-    while operations and operations[-1] in ("NOP", "BRA"):  # after the end
-        operations.pop()
-    return operations
+        command = [disassembler, "-c", file.name]
+        return kernel.asm["ttir"], subprocess.check_output(command, text=True, timeout=60)
