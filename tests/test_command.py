@@ -1,7 +1,5 @@
 """What every command does, whichever it is: tetdist_command.py."""
 
-import argparse
-import importlib
 import json
 import os
 import re
@@ -121,34 +119,6 @@ def test_help_names_the_command_as_it_was_typed(monkeypatch):
     assert typed("eval", "x") == "python tools/eval.py x"
     monkeypatch.setattr(sys, "argv", ["/usr/bin/tetdist", "eval"])
     assert typed("eval", "x") == "tetdist eval x"
-
-
-class Asked(Exception):
-    """Raised with the parser in place of its help."""
-
-
-@pytest.mark.parametrize("command", [*tetdist_command.COMMANDS, "slurm resume"])
-def test_every_flag_of_every_command_has_a_text(command, monkeypatch):
-    def asked(parser):
-        raise Asked(parser)
-
-    monkeypatch.setattr(argparse.ArgumentParser, "print_help", asked)
-    name, *rest = command.split()
-    with pytest.raises(Asked) as found:
-        importlib.import_module(f"tetdist.apps.cli.{name}").main([*rest, "--help"])
-    parsers = [found.value.args[0]]
-    for action in parsers[0]._actions:
-        if isinstance(action, argparse._SubParsersAction):
-            parsers += action.choices.values()
-    # The flags of torchrun are torch's.
-    assert command == "torchrun" or not any(parser.allow_abbrev for parser in parsers)
-    assert [
-        (parser.prog, action.dest)
-        for parser in parsers
-        for action in parser._actions
-        # The commands of a command, and torchrun's script with its arguments, have their own.
-        if not action.help and action.nargs not in (argparse.PARSER, argparse.REMAINDER)
-    ] == []
 
 
 def test_ctrl_c_while_python_exits_is_ignored():
