@@ -10,7 +10,9 @@ only the packed input grows with T.
 """
 
 import contextlib
+import itertools
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -93,6 +95,31 @@ class Block:
         return halve(packed) if self.halves else packed
 
 
+@dataclass
+class _Segment:
+    """A segment of a block in the backward pass.
+
+    Attributes:
+        x: Its input.
+        membranes: Membranes that it starts from; None: at rest.
+        grad_output: Gradient of its output.
+    """
+
+    x: Tensor
+    timesteps: int
+    membranes: list[Tensor] | None
+    grad_output: Tensor
+
+
+@dataclass
+class _Gradients:
+    """Gradients of a segment's input, if needed, first membranes, and the block's parameters."""
+
+    x: Tensor | None
+    membranes: list[Tensor]
+    parameters: list[Tensor]
+
+
 class _Recomputed(torch.autograd.Function):
     """A recomputed block. Its parameters are inputs, so that their gradients appear in the usual
     way for code that waits for them there (DeepSpeed)."""
@@ -115,78 +142,64 @@ class _Recomputed(torch.autograd.Function):
         (x,) = ctx.saved_tensors
         if ctx.form is not None:
             x = ctx.form._replace(values=x).numbers(ctx.dtype)
-        segments = list(zip(block.split(x), block.lengths, strict=True))
-        dropped = dropout.using(block.dropping, ctx.factors)
-        with batch_norm.recomputing(), dropped:
-            starts: list[list[Tensor] | None] = [None]
+        # Layers without neurons may return (1, ...) for all timesteps, without segments.
+        grads = [grad_outputs[0]]
+        if len(block.lengths) > 1:
+            grads = list(grad_outputs[0].split(block.lengths))
+        parts = zip(block.split(x), block.lengths, grads, strict=True)
+        segments = [_Segment(part, length, None, grad) for part, length, grad in parts]
+        with batch_norm.recomputing(), dropout.using(block.dropping, ctx.factors):
             with torch.no_grad(), ctx.autocast():
-                for part, length in segments[:-1]:
-                    starts.append(block.run(part, length, starts[-1])[1])
-            grads_x: list[Tensor] = []
-            grad_parameters: list[Tensor | None] = [None] * len(block.parameters)
+                for segment, later in itertools.pairwise(segments):
+                    later.membranes = block.run(segment.x, segment.timesteps, segment.membranes)[1]
+            grads_x: list[Tensor | None] = []
+            total: list[Tensor] = []  # of the parameters
             grad_ends: list[Tensor] = []
-            # Layers without neurons may return (1, ...) for all timesteps, without segments.
-            grads = (grad_outputs[0],)
-            if len(segments) > 1:
-                grads = grad_outputs[0].split(block.lengths)
-            for (part, length), start, grad in reversed(
-                list(zip(segments, starts, grads, strict=True))
-            ):
-                grad_part, grad_ends, grad_own = _segment_gradients(
-                    ctx, part, length, start, grad, grad_ends
-                )
-                if grad_part is not None:
-                    grads_x.insert(0, grad_part)
-                grad_parameters = [
-                    b if a is None else a + b
-                    for a, b in zip(grad_parameters, grad_own, strict=True)
-                ]
-        return _joined(grads_x, one_for_all=x.shape[0] == 1), None, *grad_parameters
+            for segment in reversed(segments):
+                gradients = _segment_gradients(ctx, segment, grad_ends)
+                grads_x.append(gradients.x)
+                pairs = zip(total, gradients.parameters, strict=True)
+                total = [a + b for a, b in pairs] if total else gradients.parameters
+                grad_ends = gradients.membranes
+        return _joined(grads_x[::-1], one_for_all=x.shape[0] == 1), None, *total
 
 
 Kept = Tensor | Packed | Halved
 
 
-def _joined(grads: list[Tensor], *, one_for_all: bool) -> Tensor | None:
-    if len(grads) < 2:
-        return grads[0] if grads else None
-    return torch.stack(grads).sum(0) if one_for_all else torch.cat(grads)
+def _joined(grads: list[Tensor | None], *, one_for_all: bool) -> Tensor | None:
+    """Join the gradients of segments' inputs, which may be one input for all timesteps."""
+    needed = [grad for grad in grads if grad is not None]
+    if len(needed) < 2:
+        return needed[0] if needed else None
+    return torch.stack(needed).sum(0) if one_for_all else torch.cat(needed)
 
 
-def _segment_gradients(
-    ctx: Any,
-    x: Tensor,
-    timesteps: int,
-    start: list[Tensor] | None,
-    grad_output: Tensor,
-    grad_ends: list[Tensor],
-) -> tuple[Tensor | None, list[Tensor], list[Tensor]]:
-    """Run one segment again; return gradients of its input, initial membranes and parameters.
+def _segment_gradients(ctx: Any, segment: _Segment, grad_ends: list[Tensor]) -> _Gradients:
+    """Run a segment again and return its gradients, from those of its output and last membranes.
 
     The backward pass runs in its own autocast mode, as for any other layer.
     """
     block: Block = ctx.block
-    needs_input_grad: bool = ctx.needs_input_grad[0]
+    needs_x: bool = ctx.needs_input_grad[0]
     with torch.enable_grad(), ctx.autocast():
-        packed = packed_of(x)
-        x = x.detach().requires_grad_(needs_input_grad)
+        packed = packed_of(segment.x)
+        x = segment.x.detach().requires_grad_(needs_x)
         if packed:
             with_packed(x, packed)
-        start = start and [membrane.detach().requires_grad_() for membrane in start]
-        output, ends = block.run(x, timesteps, start)
-    inputs = [x] if needs_input_grad else []
-    inputs += start or []
-    outputs = list(
-        zip([output, *ends] if grad_ends else [output], [grad_output, *grad_ends], strict=True)
-    )
+        starts = [membrane.detach().requires_grad_() for membrane in segment.membranes or []]
+        output, ends = block.run(x, segment.timesteps, starts or None)
+    outputs = [(output, segment.grad_output)]
+    if grad_ends:
+        outputs += zip(ends, grad_ends, strict=True)
     # Layers without a membrane, such as ReLU, neither read nor return one.
     ran, grads = zip(*(pair for pair in outputs if pair[0].requires_grad), strict=True)
-    gradients = list(
-        torch.autograd.grad(ran, [*inputs, *block.parameters], grads, materialize_grads=True)
+    inputs = [x] * needs_x + starts
+    gradients = torch.autograd.grad(
+        ran, [*inputs, *block.parameters], grads, materialize_grads=True
     )
-    grad_x = gradients.pop(0) if needs_input_grad else None
-    grad_start = [gradients.pop(0) for _ in start or []]
-    return grad_x, grad_start, gradients
+    own, of_parameters = gradients[: len(inputs)], gradients[len(inputs) :]
+    return _Gradients(own[0] if needs_x else None, list(own[needs_x:]), list(of_parameters))
 
 
 def _present_autocast(device_type: str) -> Callable[[], contextlib.AbstractContextManager[Any]]:
