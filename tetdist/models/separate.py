@@ -5,10 +5,11 @@ the batch: a sample begins with the membranes of the sample before it, and in a 
 class both mostly have the same label. One sample alone never shows this.
 """
 
+import contextlib
 import copy
 import logging
-import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -71,60 +72,115 @@ def refuse_mixing(name: str, model: SpikingNetwork, shape: Sequence[int]) -> Non
         UserError: The network mixes samples, draws random numbers in evaluation mode, or does not
             return logits (T, B, K).
     """
-    before, own = torch.get_rng_state(), next(model.parameters()).dtype
+    before = torch.get_rng_state()
     samples = torch.randn(8, *shape, generator=torch.Generator().manual_seed(0))
-    most, double = model.timesteps, torch.float64
+    double, own = torch.float64, next(model.parameters()).dtype
     # Two timesteps and 64 pixels suffice, if the network takes others than its own.
-    ways = (2, 64, double), (most, 64, double), (most, None, double), (most, None, own)
-    net = model
-    for timesteps, side, dtype in ways:
-        try:
-            net = copy.deepcopy(model)
-            if timesteps < most:
-                net.set_timesteps(timesteps)
-            x = samples[..., :side, :side].to(dtype)
-            x = x if len(shape) == 3 else x[:, : net.timesteps]
-            silent = _make_fire(net.to(dtype), x[:2])
-            is_mixed = _mixes(net, x)
+    for trial in (
+        _Trial(timesteps=2, side=64, dtype=double),
+        _Trial(timesteps=model.timesteps, side=64, dtype=double),
+        _Trial(timesteps=model.timesteps, side=None, dtype=double),
+        _Trial(timesteps=model.timesteps, side=None, dtype=own),
+    ):
+        result = trial.run(model, samples)
+        if result.error is None:
             break
-        except Exception as error:  # any error of foreign code
-            failure = error
-    else:
-        layers = {id(module): path for path, module in net.named_modules()}
-        owners = (id(f.f_locals.get("self")) for f, _ in traceback.walk_tb(failure.__traceback__))
-        if within := [layers[owner] for owner in owners if owner in layers]:
-            failure.add_note(f"in {within[-1] or 'forward'} of {name}")
+    if result.error is not None:
+        if result.layer is not None:
+            result.error.add_note(f"in {result.layer or 'forward'} of {name}")
         # With a GPU, the network may be for that alone.
-        if isinstance(failure, UserError) or (within and not torch.cuda.is_available()):
-            raise failure
-        logger.warning("%s cannot be checked for samples that it mixes: %s", name, failure)
+        is_of_the_network = result.layer is not None and not torch.cuda.is_available()
+        if is_of_the_network or isinstance(result.error, UserError):
+            raise result.error
+        logger.warning("%s cannot be checked for samples that it mixes: %s", name, result.error)
         return
     if not torch.equal(before, torch.get_rng_state()):
         raise UserError(
             f"{name} draws random numbers in evaluation mode, so its results would not be "
             "reproducible; draw them in training mode only (module.training)"
         )
-    if is_mixed:
+    if result.mixes:
         raise UserError(
             f"{name} mixes the samples of a batch, so accuracy would depend on their order; keep "
             "them apart (neurons take (T, B, ...), not (T * B, ...)), or set "
             "model.mixes_samples=true to accept it"
         )
-    if silent:
+    if result.silent:
         message = "%s of %s is silent for random samples; whether it mixes them was not checked"
-        logger.warning(message, silent, name)
+        logger.warning(message, result.silent, name)
+
+
+@dataclass
+class _Result:
+    """The result of a trial.
+
+    Attributes:
+        mixes: True if a sample's logits differ between batches.
+        silent: Kind of a module that stays silent, or "".
+        error: Error that ended the trial.
+        layer: Path of the module in which it was raised; None: outside the network.
+    """
+
+    mixes: bool = False
+    silent: str = ""
+    error: Exception | None = None
+    layer: str | None = None
+
+
+@dataclass(frozen=True)
+class _Trial:
+    """A number of timesteps, a side of the images (None: theirs) and a type to try a network in."""
+
+    timesteps: int
+    side: int | None
+    dtype: torch.dtype
+
+    def run(self, model: SpikingNetwork, samples: Tensor) -> _Result:
+        """Try a copy of the network."""
+        net, running = model, list[nn.Module]()
+        try:
+            net = copy.deepcopy(model)
+            if self.timesteps < model.timesteps:
+                net.set_timesteps(self.timesteps)
+            x = samples[..., : self.side, : self.side].to(self.dtype)
+            x = x if samples.ndim == 4 else x[:, : net.timesteps]
+            with _noting_modules_in(running):
+                silent = _make_fire(net.to(self.dtype), x[:2])
+                return _Result(_mixes(net, x), silent)
+        except Exception as error:  # any error of foreign code
+            paths = {module: path for path, module in net.named_modules()}
+            layers = [paths[module] for module in running if module in paths]
+            return _Result(error=error, layer=layers[-1] if layers else None)
+
+
+@contextlib.contextmanager
+def _noting_modules_in(running: list[nn.Module]) -> Iterator[None]:
+    """Keep the modules that run now in a list, the innermost last; an error leaves them there."""
+
+    def enter(module: nn.Module, _: Any) -> None:
+        running.append(module)
+
+    def leave(*_: Any) -> None:
+        running.pop()
+
+    hooks = nn.modules.module
+    with (
+        hooks.register_module_forward_pre_hook(enter),
+        hooks.register_module_forward_hook(leave),
+    ):
+        yield
 
 
 def _mixes(model: SpikingNetwork, x: Tensor) -> bool:
     """Return whether a sample's logits differ between batches."""
     alike = x.dtype != torch.float64
-    each = [_logits(model, one.expand_as(x) if alike else one)[:, :1] for one in x.split(1)]
+    each = [_logits(model, own.expand_as(x) if alike else own)[:, :1] for own in x.split(1)]
     alone = torch.cat(each, 1)
     within = 1e-9 * float(alone.abs().max())
     together = _logits(model, x), _logits(model, (x if alike else x[:2]).flip(0)).flip(1)
     return not all(
-        torch.allclose(found, alone[:, : found.shape[1]], 0, within, equal_nan=True)
-        for found in together
+        torch.allclose(logits, alone[:, : logits.shape[1]], 0, within, equal_nan=True)
+        for logits in together
     )
 
 
@@ -155,7 +211,7 @@ def _make_fire(model: SpikingNetwork, pair: Tensor) -> str:
             norm.training = True
         _logits(model, pair)
         fired = _fired(model.eval(), pair)
-        for module in (silent := [one for one, share in fired.items() if share < _ENOUGH]):
+        for module in (silent := [layer for layer, share in fired.items() if share < _ENOUGH]):
             module.register_forward_pre_hook(lambda _, x: (4 * x[0], *x[1:]))
         if not silent:
             break
@@ -164,17 +220,17 @@ def _make_fire(model: SpikingNetwork, pair: Tensor) -> str:
 
 def _fired(model: nn.Module, x: Tensor) -> dict[nn.Module, float]:
     """Return the fraction of each module's outputs that is not 0, if its input is not."""
-    found: dict[nn.Module, float] = {}
+    shares: dict[nn.Module, float] = {}
 
     def note(module: nn.Module, inputs: Any, output: Any) -> None:
         if isinstance(output, Tensor) and isinstance(next(iter(inputs), None), Tensor):
             share = int(output.count_nonzero()) / max(output.numel(), 1)
             if inputs[0].any():
-                found[module] = max(share, found.get(module, 0.0))
+                shares[module] = max(share, shares.get(module, 0.0))
 
     with nn.modules.module.register_module_forward_hook(note):
         model(x)
-    return found
+    return shares
 
 
 def _logits(model: SpikingNetwork, x: Tensor) -> Tensor:
