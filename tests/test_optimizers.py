@@ -173,4 +173,4 @@ def test_muon_takes_a_filter_for_a_row():
 
 def test_what_does_not_continue_is_refused():
     with pytest.raises(ValueError, match="timm:kron does not resume exactly"):
-        section(kind="timm:kron")
+        section(kind="timm:kron").check_arguments()

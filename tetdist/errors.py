@@ -48,6 +48,21 @@ class UserError(ValueError):
     """
 
 
+class WrongValue(UserError):
+    """A wrong value, or a contradiction, of a key.
+
+    Args:
+        key: The dotted key, within the section or neuron that refuses its value.
+        text: Remainder of the sentence, such as "must be above 0".
+    """
+
+    def __init__(self, key: str, text: str) -> None:
+        super().__init__(
+            f"{key}{' ' if text.startswith(('must', 'needs', 'has no ')) else ': '}{text}"
+        )
+        self.key, self.text = key, text
+
+
 class PeerFailed(Exception):
     """Raised when another process of the run has died, hangs or failed; the text says which.
 

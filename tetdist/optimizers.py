@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from tetdist.buffers import in_one_buffer
-from tetdist.errors import UserError
+from tetdist.errors import UserError, WrongValue
 from tetdist.nn.batch_norm import BatchNorm
 from tetdist.plugins import Registry, none_of
 from tetdist.wording import meant
@@ -109,15 +109,16 @@ def _of_timm(name: str, key: str) -> OptimizerKind:
 
     if name not in optim.list_optimizers():
         near = meant(name, optim.list_optimizers(), "see timm.optim.list_optimizers()")
-        raise UserError(f"{key}: timm has no optimiser {name!r}; {near}")
+        raise WrongValue(key, f"timm has no optimiser {name!r}; {near}")
     described = optim.get_optimizer_info(name)
     if name in NOT_CONTINUED:
-        raise UserError(
-            f"{key}: {TIMM}{name} does not resume exactly: after a stop it trains to other weights "
-            "(seen with timm 1.0); choose another optimiser"
+        raise WrongValue(
+            key,
+            f"{TIMM}{name} does not resume exactly: after a stop it trains to other weights "
+            "(seen with timm 1.0); choose another optimiser",
         )
     if described.second_order:
-        raise UserError(f"{key}: {TIMM}{name} needs second derivatives (unsupported); use another")
+        raise WrongValue(key, f"{TIMM}{name} needs second derivatives (unsupported); use another")
     reads: tuple[str, ...] = ("momentum",) if described.has_momentum else ()
     reads += ("betas",) if described.has_betas and described.num_betas == 2 else ()
 
@@ -138,7 +139,7 @@ def kind_of(name: str, key: str = OPTIMIZERS.key) -> OptimizerKind:
         return _of_timm(name.removeprefix(TIMM), key)
     if name not in OPTIMIZERS:
         none = none_of("optimiser", name, OPTIMIZERS)
-        raise UserError(f"{key}: {none}; timm's are {TIMM}NAME, such as {TIMM}lion")
+        raise WrongValue(key, f"{none}; timm's are {TIMM}NAME, such as {TIMM}lion")
     return OPTIMIZERS[name]
 
 

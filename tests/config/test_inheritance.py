@@ -6,7 +6,7 @@ import pytest
 
 from tetdist.apps.cli import train
 from tetdist.config.inheritance import COMMAND_LINE, DEFAULT
-from tetdist.config.loading import load, load_with_origins
+from tetdist.config.loading import draft, load
 from tetdist.errors import UserError
 
 
@@ -45,7 +45,7 @@ def test_a_base_is_beside_the_file_and_may_have_a_base(tmp_path):
     written(tmp_path / "a/first.yaml", "base: quickstart\nseed: 1\nlog_every: 3\n")
     written(tmp_path / "a/b/second.yaml", "base: ../first.yaml\nseed: 2\n")
     own = written(tmp_path / "a/b/third.yaml", "base: second.yaml\nsave: {keep_last: 9}\n")
-    loaded = load_with_origins(own, ["batch.micro=1"])
+    loaded = draft(own, ["batch.micro=1"])
     config = loaded.config
     assert (config.name, config.seed, config.log_every) == ("third", 2, 3)
     keys = ("save.keep_last", "seed", "log_every", "model.name", "batch.micro", "resume")

@@ -42,7 +42,7 @@ def save(path, classes):
         "data.root": "/home/me/secret",
         "init_checkpoint": "hf:them/relu",
     }
-    config = parse(tiny.changed(tiny.CONFIG, changes), "test", warn=False)
+    config = parse(tiny.changed(tiny.CONFIG, changes), "test")
     torch.manual_seed(0)
     model = config.model.build(num_classes=len(tiny.CLASSES), timesteps=2)
     description = checkpoint.Description(
@@ -66,7 +66,7 @@ def test_network_goes_out_and_comes_back(there, output_of, file, tiny_root, tmp_
     assert all(b"/home/me" not in data for data in files.values())
     assert hub_stand_in.TOKEN not in output
     assert files["classes.txt"].decode().split() == list(tiny.CLASSES)
-    recipe = parse(yaml.safe_load(files["recipe.yaml"]), "recipe.yaml", warn=False)
+    recipe = parse(yaml.safe_load(files["recipe.yaml"]), "recipe.yaml")
     assert recipe.init_checkpoint == "hf:them/relu"
     card = files["README.md"].decode()
     assert "| initial weights | hf:them/relu |" in card

@@ -9,7 +9,7 @@ import pytest
 import tiny
 from tiny import expect, refused
 
-from tetdist.config.loading import load_with_origins
+from tetdist.config.loading import draft
 from tetdist.errors import UserError, without_passwords
 from tetdist.tracking import mlflow_store
 from tetdist.tracking.mlflow_store import check_store, hand_over
@@ -65,9 +65,10 @@ def test_an_address_that_can_never_work_is_refused(uri, expected, tmp_path):
 )
 def test_mlflows_variable_is_the_default(overrides, uri, origin, tiny_config, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "foo://me:secret@host")
-    loaded = load_with_origins(str(tiny_config()), overrides)
-    assert (loaded.config.tracking.uri, loaded.origins["tracking.uri"]) == (uri, origin)
-    assert "secret" not in loaded.config.as_yaml()
+    loaded = draft(str(tiny_config()), overrides)
+    config = loaded.completed()
+    assert (config.tracking.uri, loaded.origins["tracking.uri"]) == (uri, origin)
+    assert "secret" not in config.as_yaml()
     with pytest.raises(UserError, match=r"^MLFLOW_TRACKING_URI: MLflow cannot use foo://me@host"):
         check_store("foo://me:secret@host")
 

@@ -179,7 +179,7 @@ SELF = "loss.distillation.self_weight=0.5"
         ([f"{KEY}={TIMM}", SEVEN], "has shape (7,) instead of (4,)"),
         ([TAUGHT, EVENTS], "was trained on images, but the data are events"),
         ([f"{KEY}={TIMM}", SEVEN, EVENTS], "takes images, but the data are events"),
-        (["loss.kind=sdt", SELF], "set loss.kind=tet, or self_weight=0"),
+        (["loss.kind=sdt", SELF], "set kind=tet, or self_weight=0"),
         ([ALIGNED, TAUGHT, "data.mixup=0.2"], "error_aware needs samples of one class"),
         ([CORRECT, SELF, "data.cutmix=1.0"], "correct_mean needs samples of one class"),
         ([TAUGHT, SEVEN], "needs a timm teacher; set teacher=timm:NAME, too"),

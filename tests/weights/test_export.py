@@ -90,7 +90,7 @@ def save(network, folder, **neuron):
         "runs_dir": "/home/me/runs",
         "cluster": {"account": "secret"},
     }
-    config = parse(raw, "test", warn=False)
+    config = parse(raw, "test")
     torch.manual_seed(0)
     model = config.model.build(num_classes=5, timesteps=T, input_kind=config.data.input_kind)
     randomize(model)
@@ -177,7 +177,7 @@ def test_card_says_what_a_reader_asks_and_no_secrets(output_of, tmp_path):
     recipe = yaml.safe_load((tmp_path / "given" / "recipe.yaml").read_text())
     assert not recipe.keys() & {"profile", "tracking", "cluster", "save", "runs_dir"}
     assert recipe["data"].keys() & {"root", "threads", "image_size"} == {"root", "image_size"}
-    parse(recipe, "recipe.yaml", warn=False)
+    parse(recipe, "recipe.yaml")
     for path in (tmp_path / "given").iterdir():
         assert b"secret" not in path.read_bytes(), path
         assert b"/home/me" not in path.read_bytes(), path

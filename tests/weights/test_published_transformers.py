@@ -105,7 +105,7 @@ def test_program_of_events_has_the_size_that_the_network_is_described_with():
     arguments = {"channels": 16, "depth": 1}
     changes = {"model": {"name": "sdt_2_256_dvs", "arguments": arguments}, "name": "small"}
     changes |= {"data": {"root": "data", "kind": "events"}}
-    config = parse(tiny.changed(tiny.CONFIG, changes), "test", warn=False)
+    config = parse(tiny.changed(tiny.CONFIG, changes), "test")
     model = config.model.build(num_classes=3, timesteps=2)
     description = checkpoint.Description(
         config=config.as_dict(), classes=None, timesteps=2, step=0, validation=None

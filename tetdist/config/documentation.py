@@ -2,8 +2,9 @@
 
 import json
 from collections.abc import Sequence
+from dataclasses import fields
 from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 import annotated_types
 import pydantic
@@ -12,8 +13,8 @@ from pydantic.fields import FieldInfo
 
 from tetdist.config.fields import OneOf
 from tetdist.config.schema import RunConfig
-from tetdist.config.sections.model import neuron_section
-from tetdist.nn.neurons import NEURONS, NeuronConfig
+from tetdist.config.sections.model import neuron_keys
+from tetdist.nn.neurons import NEURONS, NeuronConfig, class_of
 
 _PLAIN = {
     bool: "true or false",
@@ -23,10 +24,13 @@ _PLAIN = {
     NoneType: "null",
 }
 # Keys whose default no field has.
-_DEFAULTS = {"name": "default: the file's name", "model.neuron.kind": "default: the network's own"}
+_DEFAULTS = {"name": "default: the file's name"}
 _DEFAULTS["phases.N.loss"] = "default: the run's loss"
 _BOUNDS = {annotated_types.Gt: "> {0.gt}", annotated_types.Ge: ">= {0.ge}"}
 _BOUNDS |= {annotated_types.Lt: "< {0.lt}", annotated_types.Le: "<= {0.le}"}
+
+
+_BOUND: dict[str, Any] = {kind.__name__.lower(): kind for kind in _BOUNDS}
 
 
 class Documented(NamedTuple):
@@ -40,6 +44,16 @@ class Documented(NamedTuple):
         return f"[{self.takes}; {self.default}] {' '.join(self.meaning.split())}".rstrip()
 
 
+_KIND = Documented(
+    "name",
+    "default: the network's own",
+    "Kind of neuron, or the name of your own (see imports). lif: leaky integrate-and-fire; ilif, "
+    "nilif: up to most_spikes spikes per timestep; plif: lif with a learnt decay; psn, masked_psn, "
+    "sliding_psn: parallel, without reset; relu: max(0, input). Unset keys have the values of the "
+    "network's paper; another kind that you set has its own.",
+)
+
+
 def documented_keys(
     section: type[BaseModel] = RunConfig, prefix: str = ""
 ) -> dict[str, Documented]:
@@ -49,7 +63,9 @@ def documented_keys(
     for name, field in section.model_fields.items():
         dotted = f"{prefix}{field.alias or name}"
         if field.annotation is NeuronConfig:
-            keys |= _of_all_kinds(f"{dotted}.")
+            keys |= _of_all_kinds(f"{dotted}.") | {
+                f"{dotted}.kind": _KIND._replace(takes=" | ".join(NEURONS))
+            }
             continue
         inner = _section_in(field.annotation)
         if inner is None or field.description:
@@ -66,8 +82,15 @@ def _of_all_kinds(prefix: str) -> dict[str, Documented]:
     or if they differ in its default or its allowed values."""
     by_key: dict[str, dict[str, Documented]] = {}
     for kind in NEURONS:
-        for key, documented in documented_keys(neuron_section(kind), prefix).items():
-            by_key.setdefault(key, {})[kind] = documented
+        types = get_type_hints(class_of(kind))
+        for one in fields(class_of(kind)):
+            bounds = [_BOUND[name](limit) for name, limit in one.metadata["bounds"].items()]
+            documented = Documented(
+                _takes(types[one.name], bounds),
+                _default(one.default),
+                one.metadata["doc"],
+            )
+            by_key.setdefault(f"{prefix}{one.name}", {})[kind] = documented
     merged = {}
     for key, of_kinds in by_key.items():
         (first, *_), meaning = of_kinds.values(), ""
@@ -109,7 +132,7 @@ def section_at(root: type[BaseModel], location: Sequence[str]) -> type[BaseModel
 
 def _section_in(annotation: Any) -> type[BaseModel] | None:
     if annotation is NeuronConfig:
-        return neuron_section("lif")
+        return neuron_keys()
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
     return next((s for a in get_args(annotation) if (s := _section_in(a))), None)
@@ -118,12 +141,13 @@ def _section_in(annotation: Any) -> type[BaseModel] | None:
 def _documented(key: str, field: FieldInfo) -> Documented:
     default = _DEFAULTS.get(key, "required")
     if default == "required" and not field.is_required():
-        plain = pydantic.TypeAdapter(Any).dump_python(
-            field.get_default(call_default_factory=True), mode="json"
-        )
-        shown = plain if isinstance(plain, str) and plain else json.dumps(plain)
-        default = f"default {shown}"
+        default = _default(field.get_default(call_default_factory=True))
     return Documented(_takes(field.annotation, field.metadata), default, field.description or "")
+
+
+def _default(value: Any) -> str:
+    plain = pydantic.TypeAdapter(Any).dump_python(value, mode="json")
+    return f"default {plain if isinstance(plain, str) and plain else json.dumps(plain)}"
 
 
 def _takes(annotation: Any, about: Sequence[Any] = ()) -> str:

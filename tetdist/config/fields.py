@@ -2,15 +2,16 @@
 
 import dataclasses
 import re
-from collections.abc import Callable, Iterable
-from typing import Annotated, Any
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Annotated, Any, Self
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 from tetdist.config.flags import MOST_PIXELS, MOST_TIMESTEPS
+from tetdist.errors import WrongValue
 
 MOST_PROFILED = 100  # steps
-KEYS_ALONE = "keys alone"  # context of a validation without networks, whose import takes seconds
 TIMM = "timm:"  # before the name of one of timm's networks, where a path could stand
 
 
@@ -71,6 +72,15 @@ class OneOf:
     names: Callable[[], Iterable[str]]
 
 
+@contextmanager
+def within(section: str) -> Iterator[None]:
+    """Put the name of a section before the keys of wrong values that are in it."""
+    try:
+        yield
+    except WrongValue as error:
+        raise WrongValue(f"{section}.{error.key}", error.text) from error
+
+
 class Section(BaseModel):
     # strict: "yes" is no bool and 1.5 no int; an int is accepted for a float.
     model_config = ConfigDict(
@@ -83,3 +93,10 @@ class Section(BaseModel):
         use_attribute_docstrings=True,
         protected_namespaces=(),
     )
+
+    def with_value(self, key: str, value: Any) -> Self:
+        """Return a copy with another value at a dotted key; the value is not checked."""
+        name, _, inner = key.partition(".")
+        if inner:
+            value = getattr(self, name).with_value(inner, value)
+        return self.model_copy(update={name: value})

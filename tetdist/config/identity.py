@@ -1,5 +1,6 @@
 """The identity of a run: the keys that must not change when it is resumed."""
 
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -103,3 +104,11 @@ def _with_absolute_paths(flat: dict[str, Any]) -> dict[str, Any]:
 def absolute_path(value: str) -> str:
     """Return the value of one of the `PATH_KEYS` so that it is valid in any folder."""
     return value if value.startswith((TIMM, *NAMED)) else str(Path(value).absolute())
+
+
+def with_absolute_paths(config: RunConfig, *keys: str) -> RunConfig:
+    """Return a configuration whose paths at dotted keys are valid in any folder."""
+    for key in keys:
+        if (path := attrgetter(key)(config)) is not None:
+            config = config.with_value(key, absolute_path(path))
+    return config

@@ -3,21 +3,22 @@
 import difflib
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field, fields
 from itertools import takewhile
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from tetdist.config import names
-from tetdist.config.checks import check, check_early, check_name
+from tetdist.config.checks import check, check_early
 from tetdist.config.inheritance import COMMAND_LINE, imports_of, overridden, read_layers
-from tetdist.config.messages import checked
+from tetdist.config.messages import checked, refusing
 from tetdist.config.overrides import apply_override, key_of, refuse_repeated
 from tetdist.config.schema import RunConfig
-from tetdist.config.sections.model import network_neuron
+from tetdist.config.sections.model import ModelSection, network_neuron, neuron_of
 from tetdist.config.yaml_files import read_yaml
-from tetdist.errors import UserError, typed
+from tetdist.errors import UserError, WrongValue, typed
 from tetdist.nn import neurons
 from tetdist.nn.neurons import NEURONS
 from tetdist.plugins import import_files
@@ -32,11 +33,104 @@ CONFIGS_DIR = next(
 )
 
 
-class Loaded(NamedTuple):
-    """A configuration, and the origin of each value that is not a default, by dotted key."""
+@dataclass(frozen=True)
+class Draft:
+    """A configuration with valid keys and values, before its network is imported.
+
+    Attributes:
+        config: The configuration; its neuron is a mapping of the keys that are given.
+        source: File of the configuration, as errors name it.
+        overrides: Overrides that were applied; errors name one in place of ``source`` if the
+            mistake is in it.
+        origins: Place of each value that is not a default, by dotted key.
+        is_trained: The network is only used, not trained, so its loss need not be imported.
+    """
 
     config: RunConfig
-    origins: dict[str, str]
+    source: str
+    overrides: Sequence[str] = ()
+    origins: Mapping[str, str] = field(default_factory=dict)
+    is_trained: bool = False
+
+    @property
+    def data_command(self) -> str:
+        """The command that makes the data; "" if their root is the user's, or it is unknown."""
+        file = self.origins.get("data.root", COMMAND_LINE)
+        return "" if file == COMMAND_LINE else data_command(file)
+
+    def refusing(self, *place: str) -> AbstractContextManager[None]:
+        """Say of wrong values below a place of the configuration where they are from."""
+        return refusing(RunConfig, self.source, self.overrides, self.origins, place)
+
+    def check_early(self) -> None:
+        """Refuse mistakes that show without the network, whose import takes seconds."""
+        with self.refusing():
+            check_early(self.config, is_trained=self.is_trained)
+        given: Any = self.config.model.neuron
+        if "kind" in given:
+            self._given_of(given["kind"])
+
+    def completed(self) -> RunConfig:
+        """Return the configuration with its network's neuron, checked against what it names."""
+        model: ModelSection = self.config.model
+        given: Any = model.neuron
+        kind = given.get("kind") or neurons.kind_of(network_neuron(model.name))
+        with self.refusing("model", "neuron"):
+            neuron = neuron_of(self._given_of(kind), model.name)
+        model = model.model_copy(update={"neuron": neuron})
+        config = self.config.model_copy(update={"model": model})
+        with self.refusing():
+            check(config, is_trained=self.is_trained)
+            if not self.is_trained:
+                self._check_that_the_loss_reads_all(config)
+        return config
+
+    def _given_of(self, kind: str) -> dict[str, Any]:
+        """Return the given keys of the neuron without those that only other kinds have.
+
+        Such a key is refused, unless the kind was chosen later: on the command line, or in a file
+        that inherits the key.
+        """
+        given: Any = self.config.model.neuron
+        own = {"kind", *(one.name for one in fields(NEURONS[kind]))}
+        chosen_in = {
+            self.origins.get(f"model.{key}", self.source) for key in ("neuron.kind", "name")
+        }
+        for key in sorted(given.keys() - own):
+            place = self.origins.get(f"model.neuron.{key}", self.source)
+            is_chosen_later = place != self.source or COMMAND_LINE in chosen_in
+            if place == COMMAND_LINE or not is_chosen_later:
+                has = [
+                    name for name, cls in NEURONS.items() if key in {f.name for f in fields(cls)}
+                ]
+                raise UserError(
+                    f"model.neuron.{key} has no effect with model.neuron.kind={kind}; remove it, "
+                    f"or set model.neuron.kind={' or '.join(has)}"
+                )
+        return {key: value for key, value in given.items() if key in own}
+
+    def _check_that_the_loss_reads_all(self, config: RunConfig) -> None:
+        """Refuse a key that the user's own loss does not read, unless it was set for another loss.
+
+        Overrides before loss.kind may be a study's, for all its entries.
+        """
+        from tetdist.losses import LOSSES
+
+        keys = [key_of(override) for override in self.overrides]
+        later = keys[keys.index("loss.kind") :] if "loss.kind" in keys else keys
+        read = {
+            name.rstrip("_") for loss in config.losses() for name in LOSSES[loss.kind].arguments
+        }
+        for key in ("lambda", "phi", "label_smoothing"):
+            place = self.origins.get(f"loss.{key}")
+            is_typed = place == COMMAND_LINE and not {"loss", f"loss.{key}"}.isdisjoint(later)
+            is_meant = is_typed or place == self.source == self.origins.get("loss.kind")
+            if is_meant and key not in read and config.loss.kind not in names.LOSSES:
+                raise WrongValue(
+                    f"loss.{key}",
+                    f"has no effect: the function of loss.kind={config.loss.kind} has no such "
+                    "parameter; remove the key, or add the parameter",
+                )
 
 
 def find(name: str, folder: Path = Path(), source: str = "") -> Path:
@@ -66,20 +160,13 @@ def load(name: str, overrides: Sequence[str] = (), imports: Sequence[str | Path]
     Raises:
         UserError: The configuration is wrong; the text says what and where.
     """
-    return load_with_origins(name, overrides, imports).config
+    return draft(name, overrides, imports).completed()
 
 
-def load_with_origins(
-    name: str,
-    overrides: Sequence[str] = (),
-    imports: Sequence[str | Path] = (),
-    check_draft: Callable[[RunConfig, str], None] | None = None,
-) -> Loaded:
-    """Load a configuration as `load` does, with the origin of each value.
+def draft(name: str, overrides: Sequence[str] = (), imports: Sequence[str | Path] = ()) -> Draft:
+    """Read, override and check keys and values of a configuration; see `load`.
 
-    Args:
-        check_draft: Checks keys and values before networks are imported, given the command that
-            makes the data, or "".
+    A command checks in the draft what takes less time than an import of the network.
     """
     path = find(name)
     raw, origins = read_layers(path, find)
@@ -94,13 +181,21 @@ def load_with_origins(
     tracking, uri = raw.setdefault("tracking", {}), os.environ.get(TRACKING_VARIABLE)
     if uri and isinstance(tracking, dict) and "uri" not in tracking:
         tracking["uri"], origins["tracking.uri"] = uri, TRACKING_VARIABLE
-    given = next((one for one in overrides if one.startswith("imports")), path)
-    raw["imports"] = [str(Path(one).absolute()) for one in [*imports_of(raw, given), *imports]]
+    source = next((one for one in overrides if one.startswith("imports")), path)
+    raw["imports"] = [str(Path(file).absolute()) for file in [*imports_of(raw, source), *imports]]
     import_files(raw["imports"])
-    config = parse(raw, str(path), overrides=overrides, origins=origins, check_draft=check_draft)
-    check_name(config)
-    _refuse_unread(config, str(path), origins, [key_of(one) for one in overrides])
-    return Loaded(config, origins)
+    made = _draft(raw, str(path), overrides, origins)
+    _check_name(made.config)
+    return made
+
+
+def _check_name(config: RunConfig) -> None:
+    """Refuse the name of a run that a shell or Slurm would take for something else."""
+    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*", config.name):
+        raise UserError(
+            f"name: {config.name!r} must consist of letters (A to Z), digits and . _ -, and must "
+            "not begin with . or -; choose another name=..."
+        )
 
 
 def data_command(file: str | Path) -> str:
@@ -120,91 +215,36 @@ def load_written(path: Path) -> RunConfig:
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror})") from error
     import_files(imports_of(raw, path))
-    return parse(raw, str(path), warn=False)
+    return parse(raw, str(path))
 
 
 def parse(
     raw: dict[str, Any],
     source: str,
     *,
-    warn: bool = True,
     is_trained: bool = False,
     overrides: Sequence[str] = (),
-    origins: Mapping[str, str] | None = None,
-    check_draft: Callable[[RunConfig, str], None] | None = None,
 ) -> RunConfig:
     """Check a configuration given as nested dictionaries.
 
-    Nothing is imported: the user's files must be imported before.
-
-    Args:
-        source: File of the configuration, as errors name it.
-        warn: Refuse keys that the kind of neuron lacks.
-        is_trained: The network is only used, not trained, so its loss need not be imported.
-        overrides, origins: See `checked`.
-        check_draft: See `load_with_origins`.
+    Nothing is imported: the user's files must be imported before. See `Draft` for the arguments.
 
     Raises:
         UserError: It is not valid, or contradicts itself.
     """
-    # Mistakes that need no network are said first: importing the networks takes seconds.
-    draft = checked(RunConfig, raw, source, overrides, origins, keys_alone=True)
-    check_early(draft, is_trained=is_trained)
-    if "kind" in raw["model"].get("neuron", {}):  # otherwise the network's own has to be imported
-        raw = _with_neuron_of_its_kind(raw, source, warn, origins or {})
-    if check_draft is not None:
-        set_in = (origins or {}).get("data.root", COMMAND_LINE)
-        check_draft(draft, "" if set_in == COMMAND_LINE else data_command(set_in))
-    raw = _with_neuron_of_its_kind(raw, source, warn, origins or {})
+    origins = {key_of(override): COMMAND_LINE for override in overrides}
+    return _draft(raw, source, overrides, origins, is_trained=is_trained).completed()
+
+
+def _draft(
+    raw: dict[str, Any],
+    source: str,
+    overrides: Sequence[str],
+    origins: Mapping[str, str],
+    *,
+    is_trained: bool = False,
+) -> Draft:
     config = checked(RunConfig, raw, source, overrides, origins)
-    check(config, is_trained=is_trained)
-    return config
-
-
-def _refuse_unread(
-    config: RunConfig, source: str, origins: Mapping[str, str], given: list[str]
-) -> None:
-    """Refuse a key that the user's own loss does not read, unless it was set for another loss.
-
-    ``given`` has the keys of the command line. Those before loss.kind may be a study's, for all
-    its entries.
-    """
-    from tetdist.losses import LOSSES
-
-    later = given[given.index("loss.kind") :] if "loss.kind" in given else given
-    read = {name.rstrip("_") for loss in config.losses() for name in LOSSES[loss.kind].arguments}
-    for key in ("lambda", "phi", "label_smoothing"):
-        place = origins.get(f"loss.{key}")
-        is_typed = place == COMMAND_LINE and not {"loss", f"loss.{key}"}.isdisjoint(later)
-        is_meant = is_typed or place == source == origins.get("loss.kind")
-        if is_meant and key not in read and config.loss.kind not in names.LOSSES:
-            raise UserError(
-                f"loss.{key} has no effect: the function of loss.kind={config.loss.kind} has no "
-                "such parameter; remove the key, or add the parameter"
-            )
-
-
-def _with_neuron_of_its_kind(
-    raw: dict[str, Any], source: str, warn: bool, origins: Mapping[str, str]
-) -> dict[str, Any]:
-    """Return a configuration whose neuron has no keys that only other kinds have.
-
-    With ``warn`` such a key is refused, unless the kind was chosen later: on the command line, or
-    in a file that inherits the key.
-    """
-    model, neuron = raw["model"], raw["model"].get("neuron", {})
-    kind = neuron.get("kind") or neurons.kind_of(network_neuron(model))
-    if kind not in NEURONS:
-        return raw
-    own = {"kind", *(one.name for one in fields(NEURONS[kind]))}
-    chosen_in = {origins.get(f"model.{key}", source) for key in ("neuron.kind", "name")}
-    for key in sorted(neuron.keys() - own):
-        place = origins.get(f"model.neuron.{key}", source)
-        if warn and (place == COMMAND_LINE or (place == source and COMMAND_LINE not in chosen_in)):
-            has = [name for name, cls in NEURONS.items() if key in {f.name for f in fields(cls)}]
-            raise UserError(
-                f"model.neuron.{key} has no effect with model.neuron.kind={kind}; remove it, or "
-                f"set model.neuron.kind={' or '.join(has)}"
-            )
-    kept = {key: value for key, value in neuron.items() if key in own}
-    return raw | {"model": model | {"neuron": kept}}
+    made = Draft(config, source, overrides, origins, is_trained)
+    made.check_early()
+    return made

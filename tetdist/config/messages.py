@@ -3,16 +3,17 @@
 import difflib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import pydantic
 from pydantic import BaseModel
 
 from tetdist.config.documentation import documented_keys, keys_of, section_at
-from tetdist.config.fields import KEYS_ALONE, Section
+from tetdist.config.fields import Section
 from tetdist.config.overrides import key_of
-from tetdist.errors import UserError
+from tetdist.errors import UserError, WrongValue
 
 Kind = TypeVar("Kind", bound=Section)
 
@@ -46,8 +47,6 @@ def checked(
     source: str,
     overrides: Sequence[str] = (),
     origins: Mapping[str, str] | None = None,
-    *,
-    keys_alone: bool = False,
 ) -> Kind:
     """Validate the keys and values of a section.
 
@@ -56,18 +55,37 @@ def checked(
         overrides: Overrides that were applied; errors name one in place of ``source`` if the
             mistake is in it.
         origins: Files of the values, by dotted key, if not all are from ``source``.
-        keys_alone: Skip what needs the network, the loss or the optimiser; the result is a draft,
-            without the right neuron.
 
     Raises:
         UserError: Some are wrong; the text names all mistakes.
     """
-    try:
+    with refusing(section, source, overrides, origins):
         # Through JSON, because only then strict validation accepts a list as a tuple.
-        context = KEYS_ALONE if keys_alone else None
-        return section.model_validate_json(json.dumps(values), context=context)
+        return section.model_validate_json(json.dumps(values))
+
+
+@contextmanager
+def refusing(
+    section: type[Section],
+    source: str,
+    overrides: Sequence[str] = (),
+    origins: Mapping[str, str] | None = None,
+    place: Sequence[str] = (),
+) -> Iterator[None]:
+    """Say of wrong values in a section where they are from, and how to correct them.
+
+    Args:
+        source, overrides, origins: See `checked`.
+        place: Parts of the dotted key below which values are validated.
+    """
+    try:
+        yield
     except pydantic.ValidationError as error:
-        found = [_located(section, one) for one in error.errors()]
+        found = [_located(one, place) for one in error.errors()]
+    except WrongValue as error:
+        found = [_contradiction(error, place)]
+    else:
+        return
     problems_by_origin: dict[str, list[str]] = {}
     bases = {file for file in (origins or {}).values() if file.endswith(".yaml")} - {source}
     hint = ""
@@ -80,7 +98,7 @@ def checked(
         if one["type"] == "missing" and one["loc"][0] == "phases" and bases:
             hint = " (a list replaces the base's; to change some keys, write phases: {0: ...})"
         origin = override or (origins or {}).get(".".join(one["loc"])) or source
-        if override is not None and problem.startswith(f"{override} "):
+        if override is not None and problem.startswith((f"{override} ", f"{override}: ")):
             problems_by_origin[problem] = []  # it names the override itself
         else:
             problems_by_origin.setdefault(origin, []).append(problem)
@@ -93,20 +111,20 @@ def checked(
     )
 
 
-def _located(section: type[BaseModel], error: Any) -> Any:
+def _located(error: Any, place: Sequence[str]) -> Any:
     """Return one of pydantic's errors with the location of the key that is wrong."""
     # If a key takes values of two types, pydantic adds the type after the key.
     parts = map(str, error["loc"])
-    location = [part for part in parts if not re.search(r"\[|Section$", part)]
-    if error["type"] == "value_error":
-        error = error | {"msg": str(error["ctx"]["error"])}
-        inner, place = section_at(section, location), "".join(f"{part}." for part in location)
-        text = place + error["msg"].removeprefix(place)
-        # The text of a contradiction within a section begins with a key of the section.
-        if inner is not None and re.split("[ .:=]", text.removeprefix(place))[0] in keys_of(inner):
-            error |= {"type": "contradiction", "msg": text}
-            location = re.split("[ :=]", text)[0].split(".")
-    return error | {"loc": tuple(location)}
+    location = (*place, *(part for part in parts if not re.search(r"\[|Section$", part)))
+    cause = error.get("ctx", {}).get("error")
+    if isinstance(cause, WrongValue):
+        return _contradiction(cause, location)
+    return error | {"loc": location} | ({"msg": str(cause)} if cause else {})
+
+
+def _contradiction(error: WrongValue, place: Sequence[str]) -> dict[str, Any]:
+    location = (*place, *error.key.split("."))
+    return {"type": "contradiction", "loc": location, "msg": error.text, "input": None}
 
 
 def _is_in(inner: Sequence[str], outer: Sequence[str]) -> bool:
@@ -132,7 +150,7 @@ def _explain(root: type[BaseModel], error: Any, override: str | None) -> str:
     is_named = override is not None and key_of(override) == dotted
     match error["type"]:
         case "contradiction":
-            return str(error["msg"]).removeprefix(f"{dotted}: " if is_named else "")
+            return str(WrongValue(str(override) if is_named else dotted, error["msg"]))
         case "extra_forbidden":
             key = "unknown key" if is_named else f"unknown key {dotted!r}"
             if nested := location[-1].count("."):
@@ -183,8 +201,6 @@ def nearest(root: type[BaseModel], location: Sequence[str]) -> str:
         return hint
     section, keys = section_at(root, place), documented_keys(root)
     known = keys_of(section or root)
-    if place == ["model", "neuron"]:  # of any kind
-        known = [key.rpartition(".")[2] for key in keys if key.startswith("model.neuron.")]
     # The right word at a wrong place, or else a misspelt word.
     found = (_place_of(last, key) for key in keys)
     elsewhere = list(dict.fromkeys(filter(None, found)))

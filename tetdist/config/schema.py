@@ -7,10 +7,10 @@ Unknown keys, values of a wrong type or range, and settings that contradict each
 
 from itertools import groupby
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, model_validator
 
 from tetdist.config.fields import Positive, Section, Steps
 from tetdist.config.inheritance import over
@@ -26,6 +26,7 @@ from tetdist.config.sections.training import (
     SaveSection,
     SegmentsSection,
 )
+from tetdist.errors import WrongValue
 
 
 def _recompute(value: Any) -> Any:
@@ -121,6 +122,50 @@ class RunConfig(Section):
     cluster: dict[str, Any] = {}
     """Slurm settings, such as partition, nodes, gpus_per_node and time (docs/slurm.md); only
     launch/slurm.py reads and checks them."""
+
+    @model_validator(mode="after")
+    def _refuse_contradictions(self) -> Self:
+        self._check_start()
+        self._check_engine()
+        return self
+
+    def _check_start(self) -> None:
+        start, last = self.start_phase, len(self.phases) - 1
+        if start > last:
+            has = f"phases 0 to {last}" if last else "one phase, number 0"
+            raise WrongValue("start_phase", f"must be at most {last}: this run has {has}")
+        if start and self.init_checkpoint is None:
+            raise WrongValue(
+                "start_phase",
+                f"{start} skips the phases before it; set init_checkpoint to the checkpoint of a "
+                "run that trained them",
+            )
+        for number in dict.fromkeys((0, start)):
+            if self.phases[number].optimizer == "continue":
+                raise WrongValue(
+                    f"phases.{number}.optimizer",
+                    "continue needs a phase before it in the same run, whose optimiser goes on, "
+                    f"and this run begins with phase {number}; give the optimiser itself",
+                )
+
+    def _check_engine(self) -> None:
+        if self.precision == "fp64" and self.engine != "torch":
+            raise WrongValue("precision", "DeepSpeed does not train in fp64; set engine=torch, too")
+        if self.zero_stage and self.engine != "deepspeed":
+            needed = f"{self.zero_stage} needs DeepSpeed; set engine=deepspeed or zero_stage=0"
+            raise WrongValue("zero_stage", needed)
+        if self.zero_stage and self.precision == "fp16":
+            raise WrongValue(
+                "precision",
+                "fp16 needs zero_stage=0 (DeepSpeed never lowers its loss scale at stages 1 and "
+                "2); set zero_stage=0, or precision=bf16, which works with all stages",
+            )
+        if self.cuda_graphs and self.engine != "torch":
+            raise WrongValue(
+                "cuda_graphs",
+                f"needs engine=torch: engine={self.engine} does work on the host in each "
+                "micro-batch, which a graph cannot repeat; set engine=torch, or cuda_graphs=false",
+            )
 
     def loss_of(self, phase: PhaseSection) -> LossSection:
         """Return a phase's loss: the run's, with the keys that the phase sets."""

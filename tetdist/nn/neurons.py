@@ -24,7 +24,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
-from tetdist.errors import UserError
+from tetdist.errors import UserError, WrongValue
 from tetdist.plugins import Registry
 
 if TYPE_CHECKING:
@@ -114,8 +114,11 @@ class NeuronConfig:
     """A kind of neuron with its options; kinds are subclasses registered in `NEURONS`.
 
     Raises:
-        ValueError: A value is outside its range.
+        WrongValue: A value is outside its range.
     """
+
+    # Types are checked where a configuration is read: "yes" is no bool and 1.5 no int.
+    __pydantic_config__: ClassVar[dict[str, Any]] = {"strict": True, "allow_inf_nan": False}
 
     # True if it fires, and so has a firing rate.
     spiking: ClassVar[bool] = True
@@ -138,11 +141,11 @@ class NeuronConfig:
             for bound, limit in one.metadata.get("bounds", {}).items():
                 words, holds = _BOUNDS[bound]
                 if not holds(value, limit):
-                    raise ValueError(f"{one.name} must be {words} {limit}, not {value}")
+                    raise WrongValue(one.name, f"must be {words} {limit}, not {value:g}")
             kind = get_type_hints(type(self))[one.name]
             if get_origin(kind) is Literal and value not in get_args(kind):
                 known = ", ".join(get_args(kind))
-                raise ValueError(f"{one.name} must be one of {known}, not {value!r}")
+                raise WrongValue(one.name, f"must be one of {known}, not {value!r}")
 
     @property
     def binary(self) -> bool:
@@ -302,12 +305,12 @@ class LIF(NeuronConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.spike == "sigmoid" and self.surrogate != "sigmoid":
-            raise ValueError(
-                f"spike=sigmoid needs surrogate=sigmoid, not {self.surrogate}; set "
-                "model.neuron.surrogate=sigmoid"
+            raise WrongValue(
+                "spike",
+                f"needs surrogate=sigmoid, not {self.surrogate}; set that, too",
             )
         if self.spike == "sigmoid" and self.fires_at_threshold:
-            raise ValueError("spike=sigmoid never fires; set model.neuron.fires_at_threshold=false")
+            raise WrongValue("fires_at_threshold", "needs spike=step; set it to false")
 
     @property
     def resets_to_zero(self) -> bool:

@@ -114,7 +114,7 @@ class RunFolder:
         doubt, of_files = "", plugins.changes(self.path / "imports", imported)
         try:
             # Keys added since then get defaults in the earlier run; its names need its files.
-            earlier = earlier if of_files else parse(earlier, str(file), warn=False).as_dict()
+            earlier = earlier if of_files else parse(earlier, str(file)).as_dict()
         except UserError as error:
             doubt = f"{file} is damaged or of another version ({error}): restore it; or "
             logger.warning("%s is of another version; its keys are compared as they are", file)

@@ -106,7 +106,7 @@ def _from_checkpoint(path: Path, config: RunConfig, index: Index) -> _Loaded:
     except UserError as error:
         raise UserError(f"{KEY}: {error}") from error
     plugins.require(description.imports, path)
-    theirs = parse(description.config, str(path), warn=False, is_trained=True)
+    theirs = parse(description.config, str(path), is_trained=True)
     kind = config.data.input_kind
     if theirs.data.input_kind != kind:
         raise UserError(

@@ -179,7 +179,7 @@ def configuration(
     refuse_repeated(options.overrides)
     for override in (*options.keys, *options.overrides):
         apply_override(raw, override)
-    config = parse(raw, "the configuration", warn=False, overrides=options.overrides)
+    config = parse(raw, "the configuration", overrides=options.overrides)
     return config, timesteps
 
 

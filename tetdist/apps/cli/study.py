@@ -97,15 +97,13 @@ def study(options: argparse.Namespace) -> int:
     if unknown := [one for one in options.only or () if one not in section.entries]:
         hint = meant(unknown[0], section.entries)
         raise UserError(f"--only: there is no entry {unknown[0]}; {hint}")
-    from tetdist.datasets.index import check_indexed
-
     if options.slurm is not None:
         check_slurm(options.slurm, section.config)
     trains_here = options.slurm is None and not options.dry_run and not options.report_only
     # Runs that are finished need no data.
-    check = check_indexed if trains_here and not output.exists() else None
+    needs_data = trains_here and not output.exists()
     try:
-        runs = plan.runs_of(section, output, options.overrides, options.imports, check)
+        runs = plan.runs_of(section, output, options.overrides, options.imports, needs_data)
     except UserError as error:
         raise UserError(f"{file}: {error}") from error
     firsts: dict[str, str] = {}

@@ -136,28 +136,27 @@ def read_config(options: argparse.Namespace) -> "RunConfig | None":
     # Several processes check the data later, together, since each host may have its own.
     needs_data = not options.print_config and "RANK" not in os.environ
 
-    def check_draft(draft: "RunConfig", data_command: str) -> None:
-        check_names(draft.tracking.trackers)
-        if draft.tracking_uri is not None:
-            check_store(draft.tracking_uri)
-        if draft.reference is not None:
-            find_reference(draft.reference)
-        if needs_data:
-            check_indexed(draft, data_command)
-            if draft.init_checkpoint and not (draft.run_dir / "checkpoints").is_dir():
-                try:
-                    check_source(Path(draft.init_checkpoint))
-                except UserError as error:
-                    raise UserError(f"init_checkpoint: {error}") from error
-
-    given = (options.config, options.overrides, options.imports)
-    loaded = loading.load_with_origins(*given, check_draft)
+    draft = loading.draft(options.config, options.overrides, options.imports)
+    config = draft.config
+    check_names(config.tracking.trackers)
+    if config.tracking_uri is not None:
+        check_store(config.tracking_uri)
+    if config.reference is not None:
+        find_reference(config.reference)
+    if needs_data:
+        check_indexed(config, draft.data_command)
+        if config.init_checkpoint and not (config.run_dir / "checkpoints").is_dir():
+            try:
+                check_source(Path(config.init_checkpoint))
+            except UserError as error:
+                raise UserError(f"init_checkpoint: {error}") from error
+    config = draft.completed()
     if options.print_config:
-        model = loaded.config.model
+        model = config.model
         of_kind = {
             f"model.neuron.{key}": f"{DEFAULT} of {kind_of(model.neuron)}, in place of {own}"
             for key, (own, _) in model.changed_by_kind.items()
         }
-        print(annotated(loaded.config.as_yaml(), of_kind | loaded.origins), end="")
+        print(annotated(config.as_yaml(), {**of_kind, **draft.origins}), end="")
         return None
-    return loaded.config
+    return config

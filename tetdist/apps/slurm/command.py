@@ -161,34 +161,30 @@ def planned(options: argparse.Namespace) -> "Prepared":
     from tetdist.config import loading
     from tetdist.datasets.index import check_indexed
 
-    found = list["ClusterSection"]()
-
-    def check_draft(draft: "RunConfig", data_command: str) -> None:
-        found.append(cluster_of(draft.cluster, options))
-        rate = options.images_per_s
-        if rate is not None and not 0 < rate < math.inf:
-            raise UserError(f"--images-per-s must be above 0, not {rate:g}")
-        if not options.dry_run:
-            check_indexed(draft, data_command)
-        elif draft.data.kind == "events" and options.images is not None:
-            raise UserError("--images does not apply to recordings, whose index the plan reads")
-        elif options.images is None and not Path(draft.data.root).is_dir():
-            raise UserError(
-                f"data.root: there is no folder {draft.data.root}; set data.root=FOLDER, or give "
-                "the plan the number of training images: --images N (ImageNet: 1281167)"
-            )
-        _check_division(draft, found[0].processes, options.config)
-        if not options.dry_run:
-            jobs.check_here("use --dry-run to see the job")
-
-    given = (options.config, options.overrides, options.imports)
-    config = loading.load_with_origins(*given, check_draft).config
+    rate = options.images_per_s
+    if rate is not None and not 0 < rate < math.inf:
+        raise UserError(f"--images-per-s must be above 0, not {rate:g}")
+    draft = loading.draft(options.config, options.overrides, options.imports)
+    cluster = cluster_of(draft.config.cluster, options)
+    data = draft.config.data
+    if not options.dry_run:
+        check_indexed(draft.config, draft.data_command)
+    elif data.kind == "events" and options.images is not None:
+        raise UserError("--images does not apply to recordings, whose index the plan reads")
+    elif options.images is None and not Path(data.root).is_dir():
+        raise UserError(
+            f"data.root: there is no folder {data.root}; set data.root=FOLDER, or give the plan "
+            "the number of training images: --images N (ImageNet: 1281167)"
+        )
+    _check_division(draft.config, cluster.processes, options.config)
+    if not options.dry_run:
+        jobs.check_here("use --dry-run to see the job")
+    config = draft.completed()
     # Imported after these checks, because torch takes seconds.
     from tetdist.apps.slurm import submit
 
-    (cluster,) = found
-    data = submit.assumed_indexes(config, options.images) if options.images else None
-    return submit.prepare(config, cluster, options.after, data)
+    indexes = submit.assumed_indexes(config, options.images) if options.images else None
+    return submit.prepare(config, cluster, options.after, indexes)
 
 
 def _check_division(config: "RunConfig", processes: int, name: str) -> None:
@@ -202,7 +198,7 @@ def _check_division(config: "RunConfig", processes: int, name: str) -> None:
     except UserError as error:
         for file in sorted(loading.CONFIGS_DIR.glob("*.yaml")):
             values = read_yaml(file)
-            batch = config.as_dict()["batch"] | values.get("batch", {})
+            batch = config.batch.model_dump() | values.get("batch", {})
             fits = batch["global"] // batch["micro"] % processes == 0
             if values.get("base") == f"{Path(name).stem}.yaml" and fits:
                 text = f"{error}; for {processes} processes there is the recipe {file.name}"

@@ -69,10 +69,7 @@ def prepare(
         check_store(config.tracking_uri)
         hand_over(config.tracking_uri)
     # Make paths absolute: the job runs in another folder, and the run's folder records the paths.
-    values = _with_absolute(config, *identity.PATH_KEYS)
-    # The values lack the password that MLflow's update needs.
-    tracking = {"tracking": config.tracking}
-    config = loading.parse(values, config.name, warn=False).model_copy(update=tracking)
+    config = identity.with_absolute_paths(config, *identity.PATH_KEYS)
     train_index, val_index = data or open_data(config, _world(cluster))
     model = make_model(config, train_index)
     parameters = sum(p.numel() for p in model.parameters())
@@ -124,26 +121,13 @@ def _check_inputs(config: RunConfig) -> None:
             )
 
 
-def _with_absolute(config: RunConfig, *keys: str) -> dict[str, Any]:
-    """Return the configuration's values, with absolute paths in these keys."""
-    values = config.as_dict()
-    for key in keys:
-        *sections, last = key.split(".")
-        section = values
-        for name in sections:
-            section = section[name]
-        if section[last] is not None:
-            section[last] = identity.absolute_path(section[last])
-    return values
-
-
 def absolute(config: RunConfig) -> RunConfig:
     """Return the configuration of the job, which runs in another folder and may restart.
 
     ``resume`` becomes auto: only the submission checks whether the run may exist.
     """
-    values = _with_absolute(config, "runs_dir", "data.root", "data.index")
-    return loading.parse(values | {"cluster": {}, "resume": "auto"}, config.name, warn=False)
+    config = identity.with_absolute_paths(config, "runs_dir", "data.root", "data.index")
+    return config.model_copy(update={"cluster": {}, "resume": "auto"})
 
 
 # --- submission -----------------------------------------------------------------------------------

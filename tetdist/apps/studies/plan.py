@@ -2,7 +2,7 @@
 
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -18,6 +18,7 @@ from tetdist.config.messages import checked
 from tetdist.config.overrides import apply_override, joined
 from tetdist.config.schema import RunConfig
 from tetdist.config.yaml_files import read_yaml
+from tetdist.datasets.index import check_indexed
 from tetdist.errors import UserError, script_of, typed
 from tetdist.storage.files import parse_json
 from tetdist.tracking import metrics_file
@@ -214,16 +215,16 @@ def runs_of(
     output: Path,
     more: list[str],
     imports: Sequence[str] = (),
-    check_draft: Callable[[RunConfig, str], None] | None = None,
+    needs_data: bool = False,
 ) -> list[StudyRun]:
     """Return all runs, seed by seed, each after those that it needs.
 
     The runs are in the folder ``output``. ``more`` are ``key=value``, applied after the study's
-    own. The runs' study has test_timesteps, also by default. ``check_draft`` is as for
-    `loading.load_with_origins`.
+    own. The runs' study has test_timesteps, also by default. With ``needs_data`` a missing data set
+    is refused before networks are imported, which takes seconds.
     """
     loaded = {
-        (name, seed): _loaded(study, name, seed, output, more, imports, check_draft)
+        (name, seed): _loaded(study, name, seed, output, more, imports, needs_data)
         for seed in study.seeds
         for name in _in_order(study.entries)
     }
@@ -277,7 +278,7 @@ def _loaded(
     output: Path,
     more: list[str],
     imports: Sequence[str],
-    check_draft: Callable[[RunConfig, str], None] | None,
+    needs_data: bool,
 ) -> tuple[tuple[str, ...], RunConfig]:
     """Return the arguments and the configuration of an entry's run; see `runs_of`."""
     entry = study.entries[name]
@@ -296,7 +297,10 @@ def _loaded(
     try:
         _refuse_own_keys(overrides, own_keys)
         values = [*overrides, *own]
-        config = loading.load_with_origins(config_name, values, imports, check_draft).config
+        draft = loading.draft(config_name, values, imports)
+        if needs_data:
+            check_indexed(draft.config, draft.data_command)
+        config = draft.completed()
         check_names(config.tracking.trackers)
     except UserError as error:
         raise UserError(f"entries.{name}: {error}") from error
@@ -404,7 +408,7 @@ def check_folder(run: StudyRun) -> None:
     file = run.folder / "config.yaml"
     if not file.exists():
         return
-    earlier = loading.parse(read_yaml(file), str(file), warn=False).as_dict()
+    earlier = loading.parse(read_yaml(file), str(file)).as_dict()
     changed = identity.differences(earlier, run.config.as_dict())
     if changed:
         raise UserError(

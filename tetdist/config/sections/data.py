@@ -8,6 +8,7 @@ from pydantic import AfterValidator, Field, model_validator
 from tetdist.config.fields import Fraction, Names, OneOf, OpenFraction, Pixels, Positive, Section
 from tetdist.config.flags import MOST_PREFETCHED, MOST_THREADS
 from tetdist.config.rand_augment import EXAMPLE, rand_augment
+from tetdist.errors import WrongValue
 
 Kind = Literal["images", "events"]
 Amount = Annotated[float, Field(ge=0)]
@@ -135,34 +136,38 @@ class DataSection(Section):
     @model_validator(mode="after")
     def _refuse_contradictions(self) -> Self:
         if self.scale[0] > self.scale[1] or self.scale[1] == 0:
-            raise ValueError(f"scale: {list(self.scale)} must ascend and end above 0")
+            raise WrongValue("scale", f"{list(self.scale)} must ascend and end above 0")
         if not 0 < self.ratio[0] <= self.ratio[1]:
-            raise ValueError(f"ratio: {list(self.ratio)} must ascend, with both values above 0")
+            raise WrongValue("ratio", f"{list(self.ratio)} must ascend, with both values above 0")
         if min(self.std) <= 0:
-            raise ValueError(f"std: {list(self.std)} must be above 0")
+            raise WrongValue("std", f"{list(self.std)} must be above 0")
         if self.resize is not None and self.resize < self.image_size:
-            raise ValueError(
-                f"resize: {self.resize} is smaller than data.image_size, {self.image_size}, so the "
-                "centre crop would not fit; set it to the image size or more"
+            raise WrongValue(
+                "resize",
+                f"{self.resize} is smaller than data.image_size, {self.image_size}, so the "
+                "centre crop would not fit; set it to the image size or more",
             )
         if self.images_as_events and self.kind == "events":
-            raise ValueError("images_as_events: needs data.kind=images, not events; remove it")
+            raise WrongValue("images_as_events", "needs data.kind=images, not events; remove it")
         if self.images_as_events and self.erasing.probability:
-            raise ValueError(
-                f"erasing.probability: {self.erasing.probability:g} cannot go with "
-                "data.images_as_events, since erasing fills in normalised colours; set it to 0"
+            raise WrongValue(
+                "erasing.probability",
+                f"{self.erasing.probability:g} cannot go with "
+                "data.images_as_events, since erasing fills in normalised colours; set it to 0",
             )
-        if self.transforms and self.device == "gpu":
-            raise ValueError("transforms: needs data.device=cpu, not gpu; set that")
         if self.auto_augment.startswith("rand") and any(self.color_jitter):
-            raise ValueError(
-                f"color_jitter: cannot go with data.auto_augment={self.auto_augment}, which "
-                "changes colours itself (timm drops the jitter then); leave one of them out"
+            raise WrongValue(
+                "color_jitter",
+                f"cannot go with data.auto_augment={self.auto_augment}, which "
+                "changes colours itself (timm drops the jitter then); leave one of them out",
             )
+        if self.device == "gpu" and self.transforms:
+            raise WrongValue("transforms", "needs data.device=cpu, not gpu; set that")
         if self.crop == "padded" and self.padding >= self.image_size:
-            raise ValueError(
-                f"padding: {self.padding} must be below data.image_size, {self.image_size}, or a "
-                "crop could be all border"
+            raise WrongValue(
+                "padding",
+                f"{self.padding} must be below data.image_size, {self.image_size}, or a "
+                "crop could be all border",
             )
         return self
 

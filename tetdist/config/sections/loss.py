@@ -1,11 +1,15 @@
 """The section ``loss``: the objective, with distillation."""
 
+import sys
+from inspect import signature
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
+from tetdist import plugins
 from tetdist.config import names
 from tetdist.config.fields import TIMM, Fraction, OneOf, OpenFraction, Section
+from tetdist.errors import WrongValue
 
 
 class DistillationSection(Section):
@@ -39,9 +43,10 @@ class DistillationSection(Section):
     @model_validator(mode="after")
     def _refuse_contradictions(self) -> Self:
         if self.teacher_weights and not (self.teacher or "").startswith(TIMM):
-            raise ValueError(
-                "teacher_weights: needs a timm teacher; set teacher=timm:NAME, too, or give the "
-                "file itself as teacher"
+            raise WrongValue(
+                "teacher_weights",
+                "needs a timm teacher; set teacher=timm:NAME, too, or give the "
+                "file itself as teacher",
             )
         return self
 
@@ -63,6 +68,41 @@ class LossSection(Section):
     arguments: dict[str, Any] = {}
     """Further keyword arguments of your own loss."""
     distillation: DistillationSection = DistillationSection()
+
+    def check_kind(self) -> None:
+        """Refuse an unknown kind, unless a user's file that is imported may register it."""
+        if self.kind not in names.LOSSES and plugins.PACKAGE not in sys.modules:
+            those = f"there are {', '.join(names.LOSSES)}; sdt is the cross-entropy of the mean"
+            none = plugins.none_of("loss", self.kind, names.LOSSES, f"{those} output")
+            raise WrongValue("kind", none)
+
+    def check_arguments(self) -> None:
+        """Refuse arguments that the loss lacks, and self-distillation that it cannot have."""
+        from tetdist.losses import LOSSES
+
+        loss = LOSSES[self.kind]
+        own = [name for name in loss.arguments if name not in ("lambda_", "phi", "label_smoothing")]
+        for name in self.arguments:
+            if name not in own:
+                known = ", ".join(own) or "none"
+                what = f"loss.kind={self.kind} has no such argument; known: {known}"
+                raise WrongValue(f"arguments.{name}", what)
+        set_here = ({*loss.arguments} - {*own}) | self.arguments.keys()
+        try:
+            signature(loss.function).bind(None, None, **dict.fromkeys(set_here))
+        except TypeError as error:
+            taken = ", ".join(["logits", "targets", *sorted(set_here)])
+            raise WrongValue(
+                "kind",
+                f"{self.kind} must take ({taken}), but: {error}; set any other parameter in "
+                "arguments",
+            ) from error
+        if self.distillation.self_weight and loss.of_time_mean:
+            raise WrongValue(
+                "distillation.self_weight",
+                f"timesteps cannot learn from their mean, because kind={self.kind} sees only "
+                "that; set kind=tet, or self_weight=0",
+            )
 
     def as_text(self) -> str:
         """Describe it as in "TET, lambda 0.001, phi 1; 0.2 x divergence from timm:NAME"."""

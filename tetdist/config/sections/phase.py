@@ -5,13 +5,14 @@ from collections.abc import Sequence
 from itertools import takewhile
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, Field, PlainSerializer, ValidationInfo, model_validator
+from pydantic import BeforeValidator, Field, PlainSerializer, model_validator
 
 from tetdist import plugins
 from tetdist.config import names
-from tetdist.config.fields import KEYS_ALONE, TIMM, Epochs, OneOf, OpenFraction, Section, Timesteps
+from tetdist.config.fields import TIMM, Epochs, OneOf, OpenFraction, Section, Timesteps
 from tetdist.config.flags import MOST_TIMESTEPS
 from tetdist.config.sections.loss import LossSection
+from tetdist.errors import WrongValue
 
 
 class OptimizerSection(Section):
@@ -43,24 +44,26 @@ class OptimizerSection(Section):
     """Further arguments of timm's optimisers or of your own, such as eps: 1.0e-6."""
 
     @model_validator(mode="after")
-    def _refuse_contradictions(self, info: ValidationInfo) -> Self:
-        if info.context == KEYS_ALONE:
-            known, is_timms = names.OPTIMIZERS, self.kind.startswith(TIMM)
-            if self.kind not in known and not is_timms and plugins.PACKAGE not in sys.modules:
-                none = plugins.none_of("optimiser", self.kind, known)
-                raise ValueError(f"kind: {none}; timm's are {TIMM}NAME, such as {TIMM}lion")
-            return self
+    def _refuse_an_unknown_kind(self) -> Self:
+        known, is_timms = names.OPTIMIZERS, self.kind.startswith(TIMM)
+        if self.kind not in known and not is_timms and plugins.PACKAGE not in sys.modules:
+            none = plugins.none_of("optimiser", self.kind, known)
+            raise WrongValue("kind", f"{none}; timm's are {TIMM}NAME, such as {TIMM}lion")
+        return self
+
+    def check_arguments(self) -> None:
+        """Refuse arguments that the optimiser lacks, which is imported for that."""
         from tetdist.optimizers import kind_of  # imports torch and timm
 
         own = {"lr", "weight_decay", *kind_of(self.kind, "kind").reads}
         if self.arguments and "arguments" not in own:
-            raise ValueError(
-                f"arguments: kind={self.kind} takes none; set them to {{}}, or kind=timm:NAME "
-                "(register your own with reads=('arguments',))"
+            raise WrongValue(
+                "arguments",
+                f"kind={self.kind} takes none; set them to {{}}, or kind=timm:NAME (register your "
+                "own with reads=('arguments',))",
             )
         for key in self.arguments.keys() & own:
-            raise ValueError(f"arguments.{key}: set phases.N.optimizer.{key} instead")
-        return self
+            raise WrongValue(f"arguments.{key}", f"set phases.N.optimizer.{key} instead")
 
     def peak_lr(self, global_batch: int) -> float:
         """Return the learning rate at the end of warm-up."""

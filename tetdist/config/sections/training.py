@@ -5,6 +5,7 @@ from typing import Annotated, Self
 from pydantic import Field, model_validator
 
 from tetdist.config.fields import Positive, Samples, Section, Timesteps
+from tetdist.errors import WrongValue
 
 
 class BatchSection(Section):
@@ -21,9 +22,10 @@ class BatchSection(Section):
             multiple = self.global_ // self.micro * self.micro or self.micro
             smaller = range(min(self.global_, self.micro), 0, -1)
             divisor = next(n for n in smaller if self.global_ % n == 0)
-            raise ValueError(
-                f"global: {self.global_} is not a multiple of batch.micro, {self.micro}; set "
-                f"batch.micro={divisor} or batch.global={multiple}, for instance"
+            raise WrongValue(
+                "global",
+                f"{self.global_} is not a multiple of batch.micro, {self.micro}; set "
+                f"batch.micro={divisor} or batch.global={multiple}, for instance",
             )
         return self
 
