@@ -46,7 +46,7 @@ def test_numbers_of_the_launcher_are_checked(name, value, monkeypatch):
     known = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "MASTER_ADDR": "x", "MASTER_PORT": 29500}
     for key, text in (known | {name: value}).items():
         monkeypatch.setenv(key, str(text))
-    with pytest.raises(UserError, match=rf"{name}={value[:40]} .* must be a whole number from"):
+    with pytest.raises(UserError, match=rf"{name}={value[:40]} .* must be an integer from"):
         join("cpu")
 
 

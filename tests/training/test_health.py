@@ -71,7 +71,7 @@ def test_examination_names_the_first_layer(layer, first):
     if first:
         assert not math.isfinite(found.gradients[0][1])
         assert found.weights[0] == (f"{layer}.weight", math.inf)
-        assert f"not finite first after {first}" in str(found)
+        assert f"the first layer with a non-finite output is {first}" in str(found)
     else:
         assert norms == sorted(norms, reverse=True)
         assert "not finite" not in str(found)

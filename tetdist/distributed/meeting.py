@@ -1,9 +1,9 @@
-"""The torch stores through which the processes of a run meet and report their state.
+"""Rendezvous of a run's processes, and the torch stores in which they report their state.
 
 A torch store answers anybody who reaches its port, lists its keys and accepts any value. So rank 0
 listens on the loopback interface if all processes are on one host, else only at the address that
-the others use. Processes sign what they write and ignore unsigned values (`SignedStore`). They meet
-only if they belong to the same run, configuration and launch.
+the others use. Processes sign what they write and ignore unsigned values (`SignedStore`). The
+rendezvous succeeds only if they belong to the same run, configuration and launch.
 """
 
 import contextlib
@@ -44,7 +44,7 @@ def address() -> str:
 
 
 def free_port() -> int:
-    """Return a port of this host at which processes can meet."""
+    """Return a free port of this host for a rendezvous."""
     with socket.socket() as listener:
         listener.bind((LOOPBACK, 0))
         return int(listener.getsockname()[1])
@@ -202,7 +202,7 @@ def meet(
         SystemExit: Some processes have not joined, and rank 0 names them.
     """
     token = _token(shared_folder)
-    with limited(seconds + 2 * _GRACE, "rank 0 is lost before all processes had met"):
+    with limited(seconds + 2 * _GRACE, "rank 0 is lost during the rendezvous"):
         about = _about(world_size, shared_folder, run)
         store = _main_store(rank, token, seconds, about)
         _wait_for_all(store, rank, world_size, seconds)
@@ -212,7 +212,7 @@ def meet(
 def _about(
     world_size: int, shared_folder: Path | None, run: Mapping[str, Any]
 ) -> Mapping[str, Any]:
-    """Return the values, by name, that the processes compare when they meet."""
+    """Return the values, by name, that the processes compare at the rendezvous."""
     # Different hosts may mount the folder at different paths.
     folder = shared_folder.absolute() if shared_folder and _on_one_host() else shared_folder
     launch = starters() if _is_one_launch() else []
@@ -230,7 +230,7 @@ def _main_store(rank: int, token: str, seconds: float, about: Mapping[str, Any])
             store = open_store(port, seconds)
         except OSError as error:
             raise UserError(
-                f"the processes cannot meet at {address()}, port {port} ({error.strerror}); if "
+                f"no rendezvous is possible at {address()}, port {port} ({error.strerror}); if "
                 "another run on this host uses the port, choose another one with the launcher's "
                 "--master_port"
             ) from error

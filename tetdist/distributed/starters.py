@@ -1,9 +1,9 @@
 """Ends this process when the launcher or study that started it ends.
 
 A launcher that is killed, or whose terminal closes, cannot notify the processes it started, and
-they would train on at full load. So each command checks once a second whether its starters still
+they would train on at full load. So each command checks once a second whether its launchers still
 run; if one does not, the command ends as upon SIGTERM, and training saves first. A shell does not
-count as a starter: commands started by hand go on without it, as with nohup or setsid.
+count as a launcher: commands started by hand go on without it, as with nohup or setsid.
 
 This module imports nothing heavy, because commands import it first.
 """
@@ -102,9 +102,9 @@ def starters() -> list[Process]:
 
 
 def end_with_starters() -> None:
-    """Start a thread that ends this process when one of its starters ends; see the module."""
-    if found := starters():
-        threading.Thread(target=_watch, args=(found,), name="starters", daemon=True).start()
+    """Start a thread that ends this process when one of its launchers ends; see the module."""
+    if launchers := starters():
+        threading.Thread(target=_watch, args=(launchers,), name="starters", daemon=True).start()
 
 
 def _named_starter() -> list[Process]:
@@ -153,15 +153,15 @@ def _program(pid: int) -> str:
     return next((word for word in words[1:] if not word.startswith("-")), "")
 
 
-def _watch(starters: list[Process]) -> None:
-    while all(starter.is_there for starter in starters):
+def _watch(launchers: list[Process]) -> None:
+    while all(launcher.is_there for launcher in launchers):
         time.sleep(BEAT)
     if os.environ.get("RANK", "0") == "0":
-        gone = next(starter.pid for starter in starters if not starter.is_there)
+        gone = next(launcher.pid for launcher in launchers if not launcher.is_there)
         # The terminal, or the reader of this output, may have ended as well.
         with contextlib.suppress(OSError, ValueError):
-            starter = f"process {gone}" if gone else "the launcher"
-            print(f"{starter}, which started this command, has ended: stopping", file=sys.stderr)
+            launcher = f"process {gone}" if gone else "the launcher"
+            print(f"{launcher}, which started this command, has ended: stopping", file=sys.stderr)
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(SAVE_LIMIT)
     os._exit(128 + signal.SIGTERM)

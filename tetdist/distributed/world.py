@@ -235,7 +235,7 @@ def _number(name: str, least: int, most: int) -> int:
     text = os.environ.get(name, "0")
     if not re.fullmatch(r"\d{1,7}", text, re.ASCII) or not least <= int(text) <= most:
         raise UserError(
-            f"{name}={text[:40]} in the environment must be a whole number from {least} to {most}; "
+            f"{name}={text[:40]} in the environment must be an integer from {least} to {most}; "
             "use a launcher (deepspeed, torchrun), or unset its variables to run alone"
         )
     return int(text)

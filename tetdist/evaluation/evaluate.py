@@ -1,7 +1,7 @@
 """Exact evaluation: every sample counts once over all processes, for any batch size."""
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -9,7 +9,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from tetdist.config.schema import RunConfig
 from tetdist.data.build import eval_loader
@@ -186,18 +185,15 @@ def _count(logits: Tensor, labels: Tensor) -> Tensor:
 @contextmanager
 def _counting_spikes(model: nn.Module, device: torch.device) -> Iterator[dict[str, Tensor]]:
     """Yield sums of spikes and neuron-timesteps, (2,), of every layer of neurons that runs."""
-    sums, handles = dict[str, Tensor](), list[RemovableHandle]()
+    sums = dict[str, Tensor]()
 
     def count(name: str, highest: int, _module: nn.Module, _inputs: Any, spikes: Tensor) -> None:
         sums[name][0] += native_pool.total(spikes)
         sums[name][1] += spikes.numel() * highest
 
-    try:
+    with ExitStack() as hooks:
         for name, module in firing_layers(model).items():
             sums[name] = torch.zeros(2, dtype=torch.float64, device=device)
             highest = 1 if (neuron := neuron_of(module)) is None else neuron.highest
-            handles.append(module.register_forward_hook(partial(count, name, highest)))
+            hooks.enter_context(module.register_forward_hook(partial(count, name, highest)))
         yield sums
-    finally:
-        for handle in handles:
-            handle.remove()

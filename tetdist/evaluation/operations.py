@@ -24,7 +24,7 @@ are not counted.
 """
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -110,19 +110,19 @@ class OperationCounts(AbstractContextManager["OperationCounts"]):
         self._latest = LatestLevels(model)
         self._weights: dict[str, int] = {}
         self._fan_outs: dict[tuple[str, torch.Size], Tensor] = {}
-        self._handles = []
+        self._hooks = hooks = ExitStack()
         self._most_spikes = max(
             ((one.levels or 1) * one.highest for one in neurons_of(model)), default=1
         )
         for module in firing_layers(model).values():
-            self._handles.append(module.register_forward_hook(self._count_updates))
+            hooks.enter_context(module.register_forward_hook(self._count_updates))
         for name, module in model.named_modules():
             if isinstance(module, (nn.Conv2d, nn.Linear)):
                 self._weights[name] = module.weight.numel()
-                self._handles.append(module.register_forward_hook(self._hook(name)))
+                hooks.enter_context(module.register_forward_hook(self._hook(name)))
             if isinstance(module, Product):
                 self._weights[name] = 0
-                self._handles.append(module.register_forward_hook(self._product_hook(name)))
+                hooks.enter_context(module.register_forward_hook(self._product_hook(name)))
         self._sums = {name: torch.zeros(6, dtype=torch.float64) for name in self._weights}
         # Networks register their layers in the order in which they run.
         self._of_input = self._ran_last = next(iter(self._sums), None)
@@ -208,8 +208,7 @@ class OperationCounts(AbstractContextManager["OperationCounts"]):
         return Operations(layers, self._most_spikes)
 
     def __exit__(self, *_error: object) -> None:
-        for handle in self._handles:
-            handle.remove()
+        self._hooks.close()
         self._latest.remove()
 
 

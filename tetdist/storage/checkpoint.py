@@ -258,7 +258,7 @@ def load_model_file(
     if "tetdist" not in metadata:
         raise UserError(
             f"{file} has no description of its model: it holds another library's weights, which "
-            f"`{typed('convert')}` converts, or whole numbers (export --int8), which "
+            f"`{typed('convert')}` converts, or integers (export --int8), which "
             f"`{typed('eval')} RUN --int8` evaluates, given the network that was exported"
         )
     try:

@@ -7,6 +7,7 @@ that no longer fire, or always do, are reported.
 import logging
 import math
 from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -120,7 +121,7 @@ class Examination:
         def shown(pairs: list[tuple[str, float]]) -> str:
             return ", ".join(f"{name} {norm:.3g}" for name, norm in pairs[:3])
 
-        where = f"; not finite first after {self.first}" if self.first else ""
+        where = f"; the first layer with a non-finite output is {self.first}" if self.first else ""
         worst = max(self.losses, key=lambda loss: loss if math.isfinite(loss) else math.inf)
         return (
             f"loss {worst:.3g}{where}; largest gradients {shown(self.gradients)}; "
@@ -149,16 +150,15 @@ def examine(
 
         return hook
 
-    kinds = (nn.Conv2d, nn.Linear, BatchNorm, FusedLayer)
-    handles = [
-        module.register_forward_hook(look(name))
-        for name, module in model.named_modules()
-        if isinstance(module, kinds)
-    ]
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     sums = [torch.zeros_like(p) for _, p in named]
     losses: list[float] = []
-    try:
+    with ExitStack() as stack:
+        for name, module in model.named_modules():
+            if isinstance(module, (nn.Conv2d, nn.Linear, BatchNorm, FusedLayer)):
+                stack.enter_context(module.register_forward_hook(look(name)))
+            if isinstance(module, BatchNorm):
+                stack.callback(module.discard)
         for images, labels in batches:
             value = loss(images, labels)
             losses.append(float(value.detach()))
@@ -166,12 +166,6 @@ def examine(
             for total, gradient in zip(sums, gradients, strict=True):
                 if gradient is not None:
                     total += gradient
-    finally:
-        for handle in handles:
-            handle.remove()
-        for module in model.modules():
-            if isinstance(module, BatchNorm):
-                module.discard()
     names = [name for name, _ in named]
     return Examination(
         losses, first, _largest(names, sums), _largest(names, [p.detach() for _, p in named])

@@ -19,7 +19,7 @@ from tetdist.distributed.world import World
 from tetdist.errors import Stopped, UserError
 from tetdist.evaluation.evaluate import Interrupted
 from tetdist.optimizers import make_optimizer
-from tetdist.storage import checkpoint
+from tetdist.storage.checkpoint import Checkpoint
 from tetdist.tracking.progress import RunProgress
 from tetdist.tracking.tracker import Tracker
 from tetdist.training import state
@@ -43,12 +43,16 @@ logger = logging.getLogger(__name__)
 class Trainer:
     """One run on this process, resumed from its newest checkpoint or started."""
 
+    engine: Engine
+    training_step: Step
+    tracker: Tracker | None
+    progress: RunProgress
+
     def __init__(self, config: RunConfig, world: World, stop: StopRequest, watch: Watch) -> None:
         self.config, self.world, self.stop, self.watch = config, world, stop, watch
         self.prepared = run = prepare(config, world)
         self.model, self.last_step = run.model, run.last_step
-        # Optimiser steps done.
-        self.step = self.evaluated_step = run.first_step
+        self.step = self.evaluated_step = run.first_step  # optimiser steps done
         self.window = Window(config, world)
         self.optimizer_state: dict[str, Any] | None = None
         self.loss_scale_state: dict[str, float] | None = None
@@ -59,14 +63,12 @@ class Trainer:
         self.saving = Saving(run, stop, watch)
         self.evaluations = Evaluations(run, self.average, stop.agreed, self._evaluated)
         self.feed = Feed(run, self._on_batch)
-        found = self.folder.newest_checkpoint()
-        if found is not None:
+        checkpoint = self.folder.newest_checkpoint()
+        if checkpoint is not None:
             watch.after = CONTINUES
-            world.run_on_all(lambda: self._restore(found))
+            world.run_on_all(lambda: self._restore(checkpoint))
         self.phase: Phase | None = None
         self.observers = Observers()
-
-    # --- the run ------------------------------------------------------------------------------
 
     def run(self, launcher: Launcher, make_observers: MakeObservers) -> None:
         """Train and evaluate to the end.
@@ -122,8 +124,16 @@ class Trainer:
             self._open_engine(phase)
         run = self.prepared
         self.model.set_timesteps(phase.section.most_timesteps)
-        given = (run.micro_batches, self.teacher, self.average, phase.number)
-        self.training_step = Step(run.config, run.model, self.engine, run.world, *given)
+        self.training_step = Step(
+            run.config,
+            run.model,
+            self.engine,
+            run.world,
+            run.micro_batches,
+            teacher=self.teacher,
+            average=self.average,
+            phase=phase.number,
+        )
         self.feed.open(self.step)
         self.phase = phase
 
@@ -214,8 +224,8 @@ class Trainer:
         if not (last := non_finite.limit_reached_at):
             return
         with self.feed.again(last - 1) as batches:
-            found = self.training_step.examine(last - 1, batches)
-        reports = self.world.gather(None if found.is_finite else str(found))
+            examination = self.training_step.examine(last - 1, batches)
+        reports = self.world.gather(None if examination.is_finite else str(examination))
         lr, checkpoints = self.prepared.learning_rate(last - 1), self.folder.checkpoints
         self.saving.wait()
         self.world.run_on_all(lambda: non_finite.fail(lr, reports, self.saving.step, checkpoints))
@@ -225,18 +235,18 @@ class Trainer:
     def _evaluate(self) -> None:
         """Evaluate and save; after a stop meanwhile, the resumed run evaluates."""
         try:
-            found = self.evaluations.at(self.step)
+            evaluations = self.evaluations.at(self.step)
         except Interrupted:
             self._save_and_stop()
         self.evaluated_step = self.step
-        for one in found:
-            one.values.update(self.prepared.where(self.step))
-            one.values.update(self.observers.on_evaluation(self.step, one))
-            self._log(one.kind, one.values)
-            self.progress.report_evaluation(self.step, one.values, of_average=one.kind == AVERAGE)
-        self._save(found)
-        for one in found:
-            self.observers.on_line(one.kind, self.step, one.values)
+        for kind, values in evaluations:
+            values.update(self.prepared.where(self.step))
+            values.update(self.observers.on_evaluation(self.step, Evaluated(kind, values)))
+            self._log(kind, values)
+            self.progress.report_evaluation(self.step, values, of_average=kind == AVERAGE)
+        self._save(evaluations)
+        for kind, values in evaluations:
+            self.observers.on_line(kind, self.step, values)
 
     def _evaluated(self, samples: int, total: int) -> None:
         self.watch.progress(f"evaluation after step {self.step}")
@@ -264,8 +274,7 @@ class Trainer:
             data=self.prepared.train.fingerprint,
             teacher=None if self.teacher is None else self.teacher.fingerprint,
         )
-        optimizer = self.engine.optimizer_state()
-        self.saving.begin(now, optimizer, self.average, evaluated, self.tracker)
+        self.saving.begin(now, self.engine.optimizer_state(), self.average, evaluated, self.tracker)
 
     def _save_and_stop(self) -> NoReturn:
         self._save()
@@ -275,22 +284,17 @@ class Trainer:
         logger.info("stopped at step %d, all saved; the same command continues", self.step)
         raise Stopped
 
-    def _restore(self, found: checkpoint.Checkpoint) -> None:
+    def _restore(self, checkpoint: Checkpoint) -> None:
         """Resume from a checkpoint, and open the teacher if still needed."""
-        then = state.restore(found, self.prepared, self.average)
+        then = state.restore(checkpoint, self.prepared, self.average)
         self.step = self.saving.step = then.step
         self.evaluated_step, self.evaluations.result = then.evaluated_step, then.result
         self.window.restore(then.window, then.non_finite)
-        self.loss_scale_state, self.optimizer_state = then.loss_scale, found.optimizer
+        self.loss_scale_state, self.optimizer_state = then.loss_scale, checkpoint.optimizer
         if self.world.rank == 0:
             if self.finished:
                 logger.info("%s was trained before: nothing to do", self.folder.path)
             else:
                 logger.info("continuing %s from step %d", self.folder.path, self.step)
         if not self.finished:
-            self.teacher = state.teacher_again(then, found.path, self.prepared)
-
-    engine: Engine
-    training_step: Step
-    tracker: Tracker | None
-    progress: RunProgress
+            self.teacher = state.teacher_again(then, checkpoint.path, self.prepared)

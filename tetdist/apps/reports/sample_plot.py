@@ -1,6 +1,7 @@
 """A sample in a network: input, spikes, the answer and its confidence so far, class activation."""
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -135,13 +136,10 @@ def _spikes(model: SpikingNetwork, x: Tensor) -> tuple[dict[str, npt.NDArray[Any
         if spikes.ndim == 5 and spikes.shape[-1] > 1:
             found[name] = spikes[:, 0].float().mean(1).numpy()
 
-    layers = firing_layers(model).items()
-    handles = [layer.register_forward_hook(partial(keep, name)) for name, layer in layers]
-    try:
+    with ExitStack() as hooks:
+        for name, layer in firing_layers(model).items():
+            hooks.enter_context(layer.register_forward_hook(partial(keep, name)))
         logits = model(x, per_timestep=True)
-    finally:
-        for handle in handles:
-            handle.remove()
     names = list(found)
     shown = np.linspace(0, len(names) - 1, min(LAYERS, len(names))).round().astype(int)
     return {names[i]: found[names[i]] for i in shown}, logits
