@@ -76,10 +76,10 @@ def choose_device(wanted: str, local_rank: int) -> torch.device:
 
 def cores_near(gpu: torch.device) -> set[int]:
     """Return the cores of the NUMA node that a GPU is connected to; empty if they are unknown."""
-    found: Any = torch.cuda.get_device_properties(gpu)
+    card: Any = torch.cuda.get_device_properties(gpu)
     try:
         # Older versions of torch lack them.
-        place = f"{found.pci_domain_id:04x}:{found.pci_bus_id:02x}:{found.pci_device_id:02x}.0"
+        place = f"{card.pci_domain_id:04x}:{card.pci_bus_id:02x}:{card.pci_device_id:02x}.0"
         listed = (PCI / place / "local_cpulist").read_text()  # 0-23,48-71, or nothing
     except (AttributeError, OSError):
         return set()
@@ -134,8 +134,8 @@ def _why_no_gpu() -> str:
 
 def gpu_remedy(text: str) -> str | None:
     """Return the remedy for the error that a text quotes, if it is one of `NOT_READY`."""
-    found = re.search(r"\berror (\d+)\b", text, re.IGNORECASE)
-    return NOT_READY.get(found[1]) if found else None
+    quoted = re.search(r"\berror (\d+)\b", text, re.IGNORECASE)
+    return NOT_READY.get(quoted[1]) if quoted else None
 
 
 def keep_freed_memory() -> None:

@@ -365,8 +365,8 @@ def limited(seconds: float, what: str) -> Iterator[None]:
 
 def _token(shared_folder: Path | None) -> str:
     """Return the secret of this user's processes; empty if they have no place to share one."""
-    if given := os.environ.get(TOKEN):
-        return given
+    if token := os.environ.get(TOKEN):
+        return token
     try:
         if _on_one_host() or shared_folder is None:
             return _kept(own_cache() / "token")

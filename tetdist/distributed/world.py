@@ -111,9 +111,9 @@ class World:
     def gather_numbers(self, values: list[float]) -> list[list[float]]:
         """Return every process's numbers, equally many, by rank: one collective without pickle."""
         own = torch.tensor(values, dtype=torch.float64)
-        found = [torch.empty_like(own) for _ in range(self.world_size)]
-        dist.all_gather(found, own, group=self.control)
-        return [numbers.tolist() for numbers in found]
+        gathered = [torch.empty_like(own) for _ in range(self.world_size)]
+        dist.all_gather(gathered, own, group=self.control)
+        return [numbers.tolist() for numbers in gathered]
 
     def make_store(self) -> meeting.SignedStore:
         """Make a store on rank 0 that only the processes of the run can write to.

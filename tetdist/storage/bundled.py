@@ -59,5 +59,5 @@ def arguments(file: str | None) -> dict[str, Any]:
     home = Path(file or "").parent
     if home.parent != _FOLDER:
         return {}
-    found: dict[str, Any] = _config(home / _CONFIG_FILE)["model_args"]
-    return found
+    arguments: dict[str, Any] = _config(home / _CONFIG_FILE)["model_args"]
+    return arguments

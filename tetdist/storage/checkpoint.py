@@ -219,9 +219,9 @@ def read(path: Path) -> Checkpoint:
     ema = path / EMA_FILE
     try:
         state = parse_json((path / STATE_FILE).read_text())
-        if (found := state["format"]) != FORMAT_VERSION:
+        if (version := state["format"]) != FORMAT_VERSION:
             raise UserError(
-                f"{path} has checkpoint format {found}, but this version reads {FORMAT_VERSION}; "
+                f"{path} has checkpoint format {version}, but this version reads {FORMAT_VERSION}; "
                 "use the version of tetdist that wrote it"
             )
         optimizer = torch.load(path / OPTIMIZER_FILE, map_location="cpu", weights_only=True)

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 
 from tetdist.errors import UserError
@@ -29,8 +31,8 @@ def read(path: Path) -> dict[str, Tensor]:
     except FileNotFoundError:
         raise UserError(f"there is no file {path}") from None
     except pickle.UnpicklingError as error:
-        found = re.search(r"GLOBAL (\S+)", str(error))
-        what = f"{found[1]}, which is code" if found else "something else"
+        code = re.search(r"GLOBAL (\S+)", str(error))
+        what = f"{code[1]}, which is code" if code else "something else"
         raise UserError(
             f"{path} holds more than weights ({what}) and is not read, since that could execute "
             "any code; get a plain state_dict or a .safetensors file from its author"
@@ -102,9 +104,6 @@ def _is_plain(value: Tensor) -> bool:
 def _load(path: Path) -> Any:
     open_file(path).close()  # refuses a pipe or a device, which may never end
     if path.suffix == ".safetensors":
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
         try:
             return load_file(path)
         except SafetensorError as error:

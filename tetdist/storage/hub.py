@@ -68,13 +68,13 @@ def fetch(name: str, file: str) -> Path:
     """
     if name.startswith(bundled.TETDIST):
         return bundled.folder(name) / file
-    found = _NAME.fullmatch(name)
-    if found is None:
+    parts = _NAME.fullmatch(name)
+    if parts is None:
         raise UserError(f"{name} is not of the form {HF}ORG/NAME or {HF}ORG/NAME@REVISION")
     from huggingface_hub import hf_hub_download
 
     with _explained(name):
-        return Path(hf_hub_download(found["repo"], file, revision=found["revision"]))
+        return Path(hf_hub_download(parts["repo"], file, revision=parts["revision"]))
 
 
 def push(folder: Path, repo: str, *, private: bool, message: str) -> Pushed:

@@ -44,11 +44,11 @@ _ROOT = Path(__file__).resolve().parents[2]
 
 def versions() -> dict[str, str]:
     """Return versions of the packages that a result may depend on, without importing them."""
-    found: dict[str, str] = {}
+    installed: dict[str, str] = {}
     for package in PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[package] = importlib.metadata.version(package)
-    return found
+            installed[package] = importlib.metadata.version(package)
+    return installed
 
 
 def environment() -> dict[str, Any]:

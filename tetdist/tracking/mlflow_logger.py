@@ -102,21 +102,21 @@ class MLflow:
         import mlflow
 
         self._folder, self._client = run.folder, new_client(self.destination.uri)
-        found = _open_run(self._client, run.folder, self.destination, run.name)
-        self._run_id: str = found.info.run_id
+        stored = _open_run(self._client, run.folder, self.destination, run.name)
+        self._run_id: str = stored.info.run_id
         self._is_repeated = run.finished
         self._ended: int | None = None
         # A finished run keeps the tags and the end of the start that finished it.
-        self._is_over = run.finished and found.info.status == "FINISHED"
+        self._is_over = run.finished and stored.info.status == "FINISHED"
         if not self._is_over:
             _set_status(self._client, self._run_id, "RUNNING")
             self._start_monitor()
         # MLflow does not let existing parameters change.
         params = ((_allowed(name), str(value)) for name, value in run.params.items())
-        new = [mlflow.entities.Param(*pair) for pair in params if pair[0] not in found.data.params]
+        new = [mlflow.entities.Param(*pair) for pair in params if pair[0] not in stored.data.params]
         self._client.log_batch(self._run_id, params=new)
         # The last step of each metric. The protobuf form is the public one that shows it.
-        self._have = {metric.key: metric.step for metric in found.data.to_proto().metrics}
+        self._have = {metric.key: metric.step for metric in stored.data.to_proto().metrics}
         self._sent_tags = dict(self.tags) if self._is_over else {}
         self._sent_artifacts: dict[Path, int] = {}
         return self

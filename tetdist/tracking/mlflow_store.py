@@ -58,8 +58,8 @@ def _check_sqlite(path: str) -> None:
     """Check that a file is an SQLite database; a missing one will be made, with its folder."""
     if not path or path == ":memory:":
         raise ValueError("no file after three slashes: a database in memory ends with the run")
-    if found := re.search(r"[%?\x00-\x1f\x7f]", path):
-        raise ValueError(f"an address cannot hold the {found[0]!r} of this path")
+    if forbidden := re.search(r"[%?\x00-\x1f\x7f]", path):
+        raise ValueError(f"an address cannot hold the {forbidden[0]!r} of this path")
     if not Path(path).exists():
         return
     address = f"file:{quote(str(Path(path).absolute()))}?mode=rw"

@@ -170,10 +170,10 @@ def slowest_rank(values: Mapping[str, Any]) -> list[str]:
     """Describe the slowest rank in a line of training; empty for a single process."""
     if "slowest" not in values:
         return []
-    one = values["slowest"]
+    rank = values["slowest"]
     return [
-        f"slowest rank {one['rank']} on {values['slowest_host']}: {one['step_seconds']:.3g} s/step "
-        f"(mean {values['step_seconds']:.3g} s), data wait {one['data_wait']:.0f} %"
+        f"slowest rank {rank['rank']} on {values['slowest_host']}: "
+        f"{rank['step_seconds']:.3g} s/step (mean {values['step_seconds']:.3g} s), data wait {rank['data_wait']:.0f} %"
     ]
 
 

@@ -53,11 +53,11 @@ class Evaluations:
         Raises:
             Interrupted: ``stop`` returned True; nothing has changed.
         """
-        found = [(WEIGHTS, self._evaluate())]
+        results = [(WEIGHTS, self._evaluate())]
         if self.average is not None:
             with self.average.in_model():
-                found.append((AVERAGE, self._evaluate()))
-        return [self._scored(step, *one) for one in found]
+                results.append((AVERAGE, self._evaluate()))
+        return [self._scored(step, *result) for result in results]
 
     def _evaluate(self) -> dict[str, Any]:
         run, started = self.run, time.monotonic()

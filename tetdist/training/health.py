@@ -70,16 +70,16 @@ class NonFiniteSteps:
         Raises:
             UserError: Always.
         """
-        found = [f"Rank {rank}: {text}" for rank, text in enumerate(reports) if text]
-        if not found:
-            found = ["Repeated, it is finite on all processes: a device may be faulty"]
+        findings = [f"Rank {rank}: {text}" for rank, text in enumerate(reports) if text]
+        if not findings:
+            findings = ["Repeated, it is finite on all processes: a device may be faulty"]
         saved = "no checkpoint has been saved yet"
         if saved_step is not None:
             saved = f"the last checkpoint is of step {saved_step}, in {checkpoints}"
         raise UserError(
             f"the loss or its gradient was not finite in {counted(LIMIT, 'step')} in a row, last "
             f"at step {self.limit_reached_at} (learning rate {lr:.4g}). They changed no weight, "
-            f"and {saved}. {'; '.join(found)}. Try a smaller phases.*.optimizer.lr, a warm-up "
+            f"and {saved}. {'; '.join(findings)}. Try a smaller phases.*.optimizer.lr, a warm-up "
             "(phases.*.warmup_epochs) or gradient_clipping"
         )
 

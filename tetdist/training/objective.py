@@ -17,23 +17,23 @@ def compute_loss(
         teacher_logits: Logits of the teacher, (B, K), if there is one.
     """
     loss = LOSSES[settings.kind]
-    given = {
+    options = {
         "lambda_": settings.lambda_,
         "phi": settings.phi,
         "label_smoothing": settings.label_smoothing,
     }
-    known = {name: given[name] for name in loss.arguments if name in given}
+    known = {name: options[name] for name in loss.arguments if name in options}
     total = loss.compute(settings.kind, logits, targets, known | settings.arguments)
     distillation = settings.distillation
     learning = logits.mean(0, keepdim=True) if loss.of_time_mean else logits
     if teacher_logits is not None:
-        answers, theirs = learning, teacher_logits
+        answers, target = learning, teacher_logits
         if distillation.teacher_alignment == "error_aware":
-            answers, theirs = error_aware_alignment(learning, teacher_logits, targets)
-        divergence = distillation_loss(answers, theirs, temperature=distillation.temperature)
+            answers, target = error_aware_alignment(learning, teacher_logits, targets)
+        divergence = distillation_loss(answers, target, temperature=distillation.temperature)
         total = total + distillation.weight * divergence
     if distillation.self_weight:
-        theirs = self_target(distillation.self_target, learning, targets)
-        divergence = distillation_loss(learning, theirs, temperature=distillation.temperature)
+        target = self_target(distillation.self_target, learning, targets)
+        divergence = distillation_loss(learning, target, temperature=distillation.temperature)
         total = total + distillation.self_weight * divergence
     return total

@@ -64,13 +64,13 @@ class Observers(Observer):
     @classmethod
     def of(cls, make: MakeObservers, watched: Watched) -> "Observers":
         """Make the observers; the run goes on without those that cannot be made."""
-        found = []
-        for one in make(watched):
+        observers = []
+        for make_observer in make(watched):
             try:
-                found.append(one(watched))
+                observers.append(make_observer(watched))
             except Exception as error:
-                _report(one, error)
-        return cls(found)
+                _report(make_observer, error)
+        return cls(observers)
 
     @override
     def on_batch(self, step: int, batch: Batch) -> None:

@@ -148,9 +148,9 @@ def _load_initial_weights(
     checkpoint.load_weights(model, weights, Path(source))
     if world.rank != 0:
         return
-    theirs, ours = description.config["model"], config.as_dict()["model"]
-    theirs = theirs | {"neuron": neurons.completed(theirs.get("neuron", {}))}
-    for change in differences({"model": theirs}, {"model": ours}):
+    source_model, own_model = description.config["model"], config.as_dict()["model"]
+    source_model = source_model | {"neuron": neurons.completed(source_model.get("neuron", {}))}
+    for change in differences({"model": source_model}, {"model": own_model}):
         if not change.startswith(("model.num_classes", "model.freeze")):
             logger.warning("init_checkpoint comes from another network: %s", change)
     if description.classes not in (None, list(index.classes)):

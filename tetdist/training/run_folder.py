@@ -138,12 +138,12 @@ class RunFolder:
 
     def newest_checkpoint(self) -> checkpoint.Checkpoint | None:
         """Return the checkpoint to continue from, the same on every process."""
-        found = self.world.run_on_all(
+        newest = self.world.run_on_all(
             lambda: checkpoint.newest(self.checkpoints) if self.world.rank == 0 else None
         )
-        name = self.world.from_rank_0(found.path.name if found else None)
-        if name is None or found is not None:
-            return found
+        name = self.world.from_rank_0(newest.path.name if newest else None)
+        if name is None or newest is not None:
+            return newest
         return checkpoint.read(self.checkpoints / name)
 
 

@@ -63,8 +63,8 @@ class Saving:
         if average is not None:
             validation = of_average and of_average.validation
             changes = {"validation": validation, "averaged": average.as_text()}
-            theirs = description.model_copy(update=changes)
-            averaged = checkpoint.Average(copy_to_host(average.state_dict()), theirs)
+            described = description.model_copy(update=changes)
+            averaged = checkpoint.Average(copy_to_host(average.state_dict()), described)
         copied = torch.cuda.Event(blocking=True) if run.world.device.type == "cuda" else None
         if copied is not None:
             copied.record()

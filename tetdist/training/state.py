@@ -35,31 +35,31 @@ class RunState:
         return cls(**{one.name: state[one.name] for one in fields(cls) if one.name in state})
 
 
-def restore(found: checkpoint.Checkpoint, run: Prepared, average: WeightAverage | None) -> RunState:
+def restore(saved: checkpoint.Checkpoint, run: Prepared, average: WeightAverage | None) -> RunState:
     """Restore a checkpoint's weights and their average; return the state.
 
     Raises:
         UserError: The run cannot continue from it.
     """
-    state = RunState.read(found.state)
-    checkpoint.load_weights(run.model, found.model, found.path)
+    state = RunState.read(saved.state)
+    checkpoint.load_weights(run.model, saved.model, saved.path)
     if average is not None:
-        if found.average is None:
+        if saved.average is None:
             raise UserError(
-                f"ema.decay: {found.path} has no moving average to continue from; set another "
+                f"ema.decay: {saved.path} has no moving average to continue from; set another "
                 "name=..., or ema.decay=null"
             )
-        file = found.path / checkpoint.EMA_FILE
-        checkpoint.check_weights(average.state_dict(), found.average, file)
-        average.load_state_dict(found.average)
+        file = saved.path / checkpoint.EMA_FILE
+        checkpoint.check_weights(average.state_dict(), saved.average, file)
+        average.load_state_dict(saved.average)
     if state.data != run.train.fingerprint:
         raise UserError(
-            f"{found.path} was trained on other data than {run.config.data.index_dir} now "
+            f"{saved.path} was trained on other data than {run.config.data.index_dir} now "
             "describes; restore that data, or set another name=..."
         )
     if run.config.batch_norm.sync and state.world_size != run.world.world_size:
         raise UserError(
-            f"batch_norm.sync normalises over all processes, and {found.path} was trained on "
+            f"batch_norm.sync normalises over all processes, and {saved.path} was trained on "
             f"{state.world_size} of them, not {run.world.world_size}; start as many"
         )
     return state

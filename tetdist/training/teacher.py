@@ -49,8 +49,8 @@ class Teacher:
         place(self.model, device, config.precision)
         dtype = parameter_type(config.precision)
         # Convert from the student's normalisation to the one that the teacher was trained with.
-        ours, theirs = (config.data.mean, config.data.std), (mean, std)
-        self.between = None if ours == theirs else _between(ours, theirs).to(device, dtype)
+        student, teacher = (config.data.mean, config.data.std), (mean, std)
+        self.between = None if student == teacher else _between(student, teacher).to(device, dtype)
         if config.data.input_kind == "images":
             self._check_image_size(config, device)
 
@@ -59,8 +59,8 @@ class Teacher:
         """Make the teacher that a configuration asks for, if any."""
         section = config.loss.distillation
         weights = (loss.distillation.weight for loss in config.losses())
-        wanted = section.teacher is not None and any(weights)
-        return cls(config, index, device) if wanted else None
+        is_used = section.teacher is not None and any(weights)
+        return cls(config, index, device) if is_used else None
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
@@ -106,20 +106,20 @@ def _from_checkpoint(path: Path, config: RunConfig, index: Index) -> _Loaded:
     except UserError as error:
         raise UserError(f"{KEY}: {error}") from error
     plugins.require(description.imports, path)
-    theirs = parse(description.config, str(path), is_trained=True)
+    trained = parse(description.config, str(path), is_trained=True)
     kind = config.data.input_kind
-    if theirs.data.input_kind != kind:
+    if trained.data.input_kind != kind:
         raise UserError(
-            f"{KEY}: {path} was trained on {theirs.data.input_kind}, but the data are {kind}"
+            f"{KEY}: {path} was trained on {trained.data.input_kind}, but the data are {kind}"
         )
     classes = description.classes
     if classes is not None and list(classes) != list(index.classes):
         raise UserError(
             f"{KEY}: {path} must have the classes of {config.data.root}, in the same order"
         )
-    num_classes = theirs.model.num_classes or (len(classes) if classes else len(index.classes))
+    num_classes = trained.model.num_classes or (len(classes) if classes else len(index.classes))
     _check_num_classes(str(path), num_classes, config, index)
-    model = theirs.model.build(
+    model = trained.model.build(
         num_classes=num_classes, timesteps=description.timesteps, input_kind=kind
     )
     if hasattr(model, "set_execution"):
@@ -134,10 +134,10 @@ def _from_checkpoint(path: Path, config: RunConfig, index: Index) -> _Loaded:
     side = config.data.image_size
     shape = (3, side, side) if frames is None else (model.timesteps, *frames[1:])
     try:
-        theirs.model.refuse_mixing(model, shape)
+        trained.model.refuse_mixing(model, shape)
     except UserError as error:
         raise UserError(f"{KEY}: {error} in {path}'s own run") from error
-    return model, theirs.data.mean, theirs.data.std
+    return model, trained.data.mean, trained.data.std
 
 
 def _from_timm(config: RunConfig, index: Index) -> _Loaded:
@@ -149,9 +149,9 @@ def _from_timm(config: RunConfig, index: Index) -> _Loaded:
             f"{KEY}: timm's {name} takes images, but the data are {config.data.input_kind}"
         )
     file = section.teacher_weights
-    wanted: dict[str, Any] = {} if file is None else {"num_classes": _num_classes(config, index)}
+    arguments: dict[str, Any] = {} if file is None else {"num_classes": _num_classes(config, index)}
     try:
-        model: nn.Module = timm.create_model(name, pretrained=file is None, **wanted)
+        model: nn.Module = timm.create_model(name, pretrained=file is None, **arguments)
     except Exception as error:  # timm or a download may raise any error
         reason = " ".join(str(error).split())[:200]
         raise UserError(

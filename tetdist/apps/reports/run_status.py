@@ -89,10 +89,10 @@ def find_runs(names: Sequence[str]) -> list[Path]:
     studies. Without names, return those in runs/, where there may be none yet."""
     if not names:
         return _runs_at(Path("runs"))
-    found: list[Path] = []
+    folders: list[Path] = []
     of_mlflow = ("mlartifacts", "mlflow.db")  # runs/* names them too
-    wanted = [one.removesuffix("/config.yaml") for one in names if Path(one).name not in of_mlflow]
-    for name in wanted or names:
+    paths = [one.removesuffix("/config.yaml") for one in names if Path(one).name not in of_mlflow]
+    for name in paths or names:
         runs = _runs_at(Path(name)) or _runs_at(Path("runs", name))
         if not runs:
             places = (Path(name).parent, Path("runs", name).parent)
@@ -103,8 +103,8 @@ def find_runs(names: Sequence[str]) -> list[Path]:
             is_empty = Path(name).is_dir() or Path("runs", name).is_dir()
             what = "no run has begun in" if is_empty else "there is no run"
             raise UserError(f"{what} {name}; {hint}")
-        found += runs
-    return found
+        folders += runs
+    return folders
 
 
 def _runs_at(path: Path, depth: int = 2) -> list[Path]:
@@ -173,13 +173,13 @@ def _configured(file: Path) -> tuple[int, int, float]:
 
 def _last_lines(file: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
     """Return the last line, the last of training and the last evaluation; {} for a missing one."""
-    found: dict[str, dict[str, Any]] = {}
+    lines: dict[str, dict[str, Any]] = {}
     for line in from_end(file) if file.is_file() else ():
-        found.setdefault("end", line)
-        found.setdefault(line["kind"], line)
-        if {"train", "val"} <= found.keys():
+        lines.setdefault("end", line)
+        lines.setdefault(line["kind"], line)
+        if {"train", "val"} <= lines.keys():
             break
-    return found.get("end", {}), found.get("train", {}), found.get("val", {})
+    return lines.get("end", {}), lines.get("train", {}), lines.get("val", {})
 
 
 def _speed(folder: Path, checkpoint: Path) -> str | None:
