@@ -173,7 +173,8 @@ def slowest_rank(values: Mapping[str, Any]) -> list[str]:
     rank = values["slowest"]
     return [
         f"slowest rank {rank['rank']} on {values['slowest_host']}: "
-        f"{rank['step_seconds']:.3g} s/step (mean {values['step_seconds']:.3g} s), data wait {rank['data_wait']:.0f} %"
+        f"{rank['step_seconds']:.3g} s/step (mean {values['step_seconds']:.3g} s), "
+        f"data wait {rank['data_wait']:.0f} %"
     ]
 
 
