@@ -28,8 +28,8 @@ def _sub_policies(policy: Policy) -> list[_SubPolicy]:
         name = re.sub("([XY])$", r"_\1", name).lower().replace("color", "saturation")
         return name, probability, level or 0
 
-    theirs = AutoAugment(AutoAugmentPolicy(policy)).policies
-    return [[ours(*operation) for operation in operations] for operations in theirs]
+    policies = AutoAugment(AutoAugmentPolicy(policy)).policies
+    return [[ours(*operation) for operation in operations] for operations in policies]
 
 
 def auto_augment(
@@ -44,10 +44,10 @@ def auto_augment(
     """
     assert draws.shape[1] == AUTO_AUGMENT_DRAWS
     sub_policies = _sub_policies(policy)
-    found = []
+    chosen_operations = []
     for choice, *chances in draws.tolist():
         chosen = sub_policies[int(choice * len(sub_policies))]
-        found.append(
+        chosen_operations.append(
             [
                 Operation(name, _value(name, level, -1 if back < 0.5 else 1, image_size))
                 for (name, probability, level), chance, back in zip(
@@ -56,7 +56,7 @@ def auto_augment(
                 if chance < probability
             ]
         )
-    return found
+    return chosen_operations
 
 
 def _value(name: str, level: int, sign: int, image_size: int) -> float:

@@ -207,15 +207,15 @@ def _warped(images: Tensor, operations: list[Operation], output: Output) -> Tens
     right_of, below = (place_x - left)[:, None], (place_y - top)[:, None]
     between, offsets = _BETWEEN[output.interpolation]
     columns = [(left.long() + offset).clamp(0, width - 1) for offset in offsets]
-    pixels, found = images.flatten(2), []
+    pixels, warped_rows = images.flatten(2), []
     for offset in offsets:
         first = (top.long() + offset).clamp(0, height - 1) * width
         row = [
             pixels.gather(2, (first + column).flatten(1)[:, None].expand(-1, 3, -1))
             for column in columns
         ]
-        found.append(between([one.view_as(images).double() for one in row], right_of))
-    warped = between(found, below).clamp(0, 255).to(torch.uint8)
+        warped_rows.append(between([one.view_as(images).double() for one in row], right_of))
+    warped = between(warped_rows, below).clamp(0, 255).to(torch.uint8)
     fill = on_device(torch.tensor(output.fill, dtype=torch.uint8), images.device)
     return torch.where(is_inside[:, None], warped, fill[:, None, None])
 

@@ -186,9 +186,9 @@ def _events(
 
     def frames(k: int, data: npt.NDArray[np.uint8]) -> npt.NDArray[Any]:
         # The index has verified that the file holds a header and the frames only.
-        found = np.frombuffer(data, dtype, offset=len(data) - num_bytes).reshape(shape)
+        sample = np.frombuffer(data, dtype, offset=len(data) - num_bytes).reshape(shape)
         # DALI has no roll with wrap-around; composed of its concatenations and slices, it would be
         # slower than numpy.
-        return found if changes is None else changes.of(k, found)
+        return sample if changes is None else changes.of(k, sample)
 
     return Inputs(ids, change=frames)

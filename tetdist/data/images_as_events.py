@@ -120,6 +120,6 @@ def _looked_up(table: Any, levels: Any) -> Any:
     """Return a table's values of levels, both arrays of bytes."""
     more, both = table[0], (np.arange(256, dtype=np.uint8), levels)
     # An array, since numpy's minimum with a number is slow.
-    every, found = (np.minimum(one, np.full_like(one, 255 - more)) + more for one in both)
+    every, shifted = (np.minimum(one, np.full_like(one, 255 - more)) + more for one in both)
     # Most tables add the same to all levels, which is several times as fast.
-    return found if np.array_equal(every, table) else table[levels]
+    return shifted if np.array_equal(every, table) else table[levels]

@@ -63,13 +63,13 @@ class LoaderProcess(Batches):
         # server does the slow imports once, and is forked for every loader.
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["tetdist.data.build"])
-        self._channel, theirs = context.Pipe()
-        arguments = pickle.dumps(make), tuple(imports), theirs
+        self._channel, other_end = context.Pipe()
+        arguments = pickle.dumps(make), tuple(imports), other_end
         self._process = context.Process(
             target=_serve, args=arguments, daemon=True, name="tetdist-loader"
         )
         self._process.start()
-        theirs.close()
+        other_end.close()
         self._pinned = pinned
         self._memory: torch.Tensor | None = None
         self._used: int | None = None  # the slot of the batch that the consumer has

@@ -32,10 +32,10 @@ def open_data(config: RunConfig, world: World) -> tuple[Index, Index]:
                 f"in {config.data.root}; set phases.{number}.timesteps={frames[0]} or less"
             )
     check_augmentation(config, train)
-    wanted = config.model.num_classes
-    if wanted is not None and wanted < len(train.classes):
+    num_classes, least = config.model.num_classes, len(train.classes)
+    if num_classes is not None and num_classes < least:
         raise UserError(
-            f"model.num_classes={wanted} is below the data's {len(train.classes)} classes; raise it"
+            f"model.num_classes={num_classes} is below the data's {least} classes; raise it"
         )
     return train, val
 

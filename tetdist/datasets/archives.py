@@ -124,20 +124,20 @@ def shard_samples(file: Path) -> Samples:
         parts = groups[str(path.with_name(stem))]
         if parts.setdefault(f"{dot}{suffix.lower()}", member) is not member:
             raise UserError(f"{file} holds {member.name!r} twice: make the shard again")
-    found = Samples([], [], [])
+    samples = Samples([], [], [])
     for key, parts in groups.items():
         images = [parts[suffix] for suffix in IMAGE_SUFFIXES if suffix in parts]
         label = _label(file, parts)
         if len(images) != 1:
-            found.bad.append(
+            samples.bad.append(
                 BadFile(key, f"{counted(len(images), 'image')} of this key instead of 1")
             )
         elif isinstance(label, str):
-            found.bad.append(BadFile(images[0].name, label))
+            samples.bad.append(BadFile(images[0].name, label))
         else:
-            found.members.append(images[0])
-            found.labels.append(label)
-    return found
+            samples.members.append(images[0])
+            samples.labels.append(label)
+    return samples
 
 
 def _label(file: Path, parts: Mapping[str, Member]) -> int | str:
@@ -166,7 +166,7 @@ def _label(file: Path, parts: Mapping[str, Member]) -> int | str:
 
 def class_tars(file: Path) -> dict[str, ByteRange]:
     """Find the tars in the official training tar, by class."""
-    found = {}
+    tars = {}
     for member in members(ByteRange(str(file))):
         path = PurePosixPath(member.name)
         if path.suffix != ".tar":
@@ -174,20 +174,20 @@ def class_tars(file: Path) -> dict[str, ByteRange]:
                 f"{file} holds {member.name!r}, but the official training tar holds only one tar"
                 " per class: fetch the original file"
             )
-        found[path.stem] = ByteRange(str(file), member.offset, member.size)
-    return found
+        tars[path.stem] = ByteRange(str(file), member.offset, member.size)
+    return tars
 
 
 def images(tar: ByteRange) -> tuple[list[Member], list[str]]:
     """Return the members of a tar that have an image's suffix, and the names of all others."""
-    found: list[Member] = []
+    kept: list[Member] = []
     others: list[str] = []
     for member in members(tar):
         if PurePosixPath(member.name).suffix.lower() in IMAGE_SUFFIXES:
-            found.append(member)
+            kept.append(member)
         else:
             others.append(member.name)
-    return found, others
+    return kept, others
 
 
 def validation_labels(devkit: Path, number: int) -> tuple[tuple[str, ...], list[str]]:

@@ -142,9 +142,9 @@ def root_advice(root: Path, split: str, kind: Kind) -> str | None:
     if kind == "events" and file and file.suffix.lower() not in known:
         command = f"{typed('prebin_dvs')} {shlex.quote(str(root))} DEST --timesteps T"
         return f"{file} is not a tensor (.npy): bin recordings first, `{command}`"
-    found = [name for name in folders if holds_samples(root / name)]
-    if found and not has_splits:
-        names = ", ".join(found[:3]) + and_more(found, shown=3)
+    classes = [name for name in folders if holds_samples(root / name)]
+    if classes and not has_splits:
+        names = ", ".join(classes[:3]) + and_more(classes, shown=3)
         return f"class folders ({names}) are in {root} itself: move them into {root / split}"
     return None
 
@@ -153,15 +153,15 @@ def _way_out(root: Path, split: str, kind: Kind) -> str:
     """Return the advice for a missing split: a folder with another usual name, or a new one."""
     if advice := root_advice(root, split, kind):
         return f"; {advice}"
-    found = folders_called(root, split)
-    if not found:
+    others = folders_called(root, split)
+    if not others:
         make = f"make {root / split}, with one folder of files per class"
         make += f", or link shards, `ln -s FOLDER {root / split}`" * (kind == "images")
         return f"; {meant(split, names_in(root, is_folder), make)}"
-    name, link = shlex.quote(found[0]), shlex.quote(str(root / split))
+    name, link = shlex.quote(others[0]), shlex.quote(str(root / split))
     evaluate = f"; to evaluate only, --splits {name}" if split == "val" else ""
     return (
-        f"; there is {found[0]!r}: rename it to {split!r}, or link it, `ln -s {name} {link}`"
+        f"; there is {others[0]!r}: rename it to {split!r}, or link it, `ln -s {name} {link}`"
         f"{evaluate}"
     )
 

@@ -171,31 +171,31 @@ def check_same_classes(classes: Mapping[str, tuple[str, ...]]) -> None:
 def _list_folder(
     root: Path, split: str, kind: Kind, progress: ReportProgress | None = None
 ) -> Listing:
-    found = Listing(kind=kind, split=split, classes=list_classes(root, split, kind))
+    listing = Listing(kind=kind, split=split, classes=list_classes(root, split, kind))
     empty = list[str]()
     for name in names_in(root / split, lambda entry: not is_folder(entry)):
-        found.passed_over.add(f"{split}/{name}", " outside class folders")
-    for label, name in enumerate(found.classes):
+        listing.passed_over.add(f"{split}/{name}", " outside class folders")
+    for label, name in enumerate(listing.classes):
         folder = root / split / name
         # The time is read first: a file added after it must make the index outdated.
-        found.class_mtimes_ns.append(folder.stat().st_mtime_ns)
+        listing.class_mtimes_ns.append(folder.stat().st_mtime_ns)
         samples, others = list_class(folder, kind)
         for file in others:
-            found.passed_over.add(f"{split}/{name}/{file}")
+            listing.passed_over.add(f"{split}/{name}/{file}")
         if not samples:
             empty.append(f"{split}/{name}")
-        found.labels.extend([label] * len(samples))
-        found.names.extend(f"{split}/{name}/{file}" for file in samples)
+        listing.labels.extend([label] * len(samples))
+        listing.names.extend(f"{split}/{name}/{file}" for file in samples)
         if progress is not None:
-            progress(label + 1, len(found.classes))
+            progress(label + 1, len(listing.classes))
     none = f"no {kind} ({', '.join(SUFFIXES[kind])})"
-    if not found.names:
-        there = f", but {found.passed_over}" if found.passed_over else ""
+    if not listing.names:
+        there = f", but {listing.passed_over}" if listing.passed_over else ""
         add = "index tensors with --events" if " .npy" in there else "add some"
         raise UserError(f"the class folders of {root / split} hold {none}{there}; {add}")
-    found.bad = [BadFile(one, f"the folder holds {none}; add some or remove it") for one in empty]
-    found.byte_ranges = [ByteRange(name) for name in found.names]
-    return found
+    listing.bad = [BadFile(one, f"the folder holds {none}; add some or remove it") for one in empty]
+    listing.byte_ranges = [ByteRange(name) for name in listing.names]
+    return listing
 
 
 def _list_shards(

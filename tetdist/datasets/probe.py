@@ -127,7 +127,7 @@ def probe_tensor(stream: IO[bytes], size: int) -> Probe | str:
         return f"type {dtype} instead of uint8 or float16"
     if fortran_order:
         return "stored in Fortran order instead of C order"
-    wanted = start + dtype.itemsize * int(np.prod(shape))
-    if size != wanted:
-        return f"{size} bytes instead of {wanted} for its shape {shape} and type {dtype}"
+    expected = start + dtype.itemsize * int(np.prod(shape))
+    if size != expected:
+        return f"{size} bytes instead of {expected} for its shape {shape} and type {dtype}"
     return Probe(size, shape[2], shape[3], shape[0], dtype.name)

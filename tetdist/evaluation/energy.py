@@ -91,7 +91,7 @@ class Use(NamedTuple):
     def pj(self, c: EnergySection) -> dict[str, float]:
         """Return the energy in picojoules by its cause, and in total."""
         moves = c.spike_move * self.spikes_read + c.bit_move * self.activation_bits_read
-        found = {
+        energies = {
             "weights": c.weight_bit * self.weight_bits_read,
             "activations": c.hops * moves + c.state_bit * self.activation_bits_written,
             "membranes": c.state_bit * (self.membrane_bits_read + self.membrane_bits_written),
@@ -99,7 +99,7 @@ class Use(NamedTuple):
             + c.compare * self.comparisons
             + c.multiply_accumulate * self.bit_products,
         }
-        return found | {"total": sum(found.values())}
+        return energies | {"total": sum(energies.values())}
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ class Estimator:
 
     def spiking(self, scale: float = 1.0, *, bitmaps: bool = False) -> Use:
         """Return the spiking network's use if it sent ``scale`` times its spikes."""
-        c, sent_bits, found = self.constants, self.operations.most_spikes.bit_length(), []
+        c, sent_bits, uses = self.constants, self.operations.most_spikes.bit_length(), []
         for layer in self.operations.layers.values():
             spikes, real = scale * layer.accumulates, layer.multiply_accumulates
             steps = real / layer.synapses if real else self.timesteps
@@ -138,12 +138,12 @@ class Estimator:
                 comparisons=updates,
                 bit_products=real * self._bit_products(layer, c.real_bits),
             )
-            found.append(use)
-        return Use(*map(sum, zip(*found, strict=True)))
+            uses.append(use)
+        return Use(*map(sum, zip(*uses, strict=True)))
 
     def relu(self, scale: float = 1.0) -> Use:
         """Return the ReLU network's use if the spiking network sent ``scale`` times its spikes."""
-        found = []
+        uses = []
         for layer in self.operations.layers.values():
             products, bits = layer.synapses, self.constants.real_bits
             if not layer.multiply_accumulates:
@@ -156,8 +156,8 @@ class Estimator:
                 activation_bits_written=self.activation_bits * outputs,
                 bit_products=products * self._bit_products(layer, bits),
             )
-            found.append(use)
-        return Use(*map(sum, zip(*found, strict=True)))
+            uses.append(use)
+        return Use(*map(sum, zip(*uses, strict=True)))
 
     def _bit_products(self, layer: LayerOperations, bits: int) -> int:
         """Return the products of bits in a product with an activation of so many."""

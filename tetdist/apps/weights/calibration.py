@@ -32,11 +32,11 @@ def calibration(
         index = open_split(config, folder.name, world)
         shape, own = (one.frames(config.data) for one in (index, evaluator.index))
         if shape is not None and own is not None:
-            wanted = (timesteps, *own[1:])
-            if shape[0] < timesteps or shape[1:] != wanted[1:]:
+            needed = (timesteps, *own[1:])
+            if shape[0] < timesteps or shape[1:] != needed[1:]:
                 raise UserError(
                     f"--exit-on: {other} has frames of {'x'.join(map(str, shape))}, and "
-                    f"{'x'.join(map(str, wanted))} are needed; convert it as the evaluated split"
+                    f"{'x'.join(map(str, needed))} are needed; convert it as the evaluated split"
                 )
         index = dataclasses.replace(index, classes=(), labels=np.zeros_like(index.labels))
         return dataclasses.replace(evaluator, config=config, index=index)

@@ -61,10 +61,10 @@ def open_evaluated(config: RunConfig, split: str | None, world: World, *, own_da
     if split is not None or not own_data or not data.held_out:
         flags = " and ".join(["--split"] * (split is not None) + ["--data"] * (not own_data))
         other = f"; without {flags}, the run's held-out samples are taken" if data.held_out else ""
-        given = (*folders_called(Path(data.root), "val"), "train, the training samples")[0]
+        alternative = (*folders_called(Path(data.root), "val"), "train, the training samples")[0]
         raise UserError(
             f"there is no {split or 'validation'} split in {data.root}; add val/ and index it, or "
-            f"give --split {given}{other}"
+            f"give --split {alternative}{other}"
         )
     held = open_data(config, world)[1]
     return dataclasses.replace(held, split=evaluated_split(config) or held.split)

@@ -6,7 +6,7 @@ replaced. Paths and addresses of the training machine are removed.
 
 import json
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -280,8 +280,8 @@ def _create_arguments(trained: Trained, source: str | None) -> str:
 
 def _metadata(trained: Trained, preparation: str) -> dict[str, str]:
     """Return the metadata of a program or graph as texts, all but the preparation as JSON."""
-    found = trained.description.model_dump(include={"timesteps", "classes", "binning"})
-    return {"preparation": preparation} | {k: json.dumps(v) for k, v in found.items() if v}
+    values = trained.description.model_dump(include={"timesteps", "classes", "binning"})
+    return {"preparation": preparation} | {k: json.dumps(v) for k, v in values.items() if v}
 
 
 def _preparation(trained: Trained, time: str = "T, ") -> str:
@@ -349,8 +349,7 @@ def write_onnx(trained: Trained, path: Path) -> str:
 
     name = trained.config.data.input_kind
     with torch.no_grad(), _aside(path) as aside:
-        names = {"input_names": [name], "output_names": ["logits"]}
-        program = _onnx_program(_traced(trained), **names, dynamic_shapes=({0: "batch"},))
+        program = _onnx_program(_traced(trained), [name], ["logits"], ({0: "batch"},))
         program.model.metadata_props.update(_metadata(trained, _preparation(trained)))
         program.save(aside, external_data=False)
         session = onnxruntime.InferenceSession(aside, providers=["CPUExecutionProvider"])
@@ -361,10 +360,21 @@ def write_onnx(trained: Trained, path: Path) -> str:
         return _agreement(trained, run)
 
 
-def _onnx_program(traced: torch.export.ExportedProgram, **given: Any) -> torch.onnx.ONNXProgram:
+def _onnx_program(
+    traced: torch.export.ExportedProgram,
+    inputs: Sequence[str],
+    outputs: Sequence[str],
+    dynamic_shapes: tuple[Any, ...],
+) -> torch.onnx.ONNXProgram:
     # torch's exporter would warn of deprecated functions that it uses, and of axes of one name.
     with warnings.catch_warnings(action="ignore"):
-        program = torch.onnx.export(traced, verbose=False, **given)
+        program = torch.onnx.export(
+            traced,
+            verbose=False,
+            input_names=inputs,
+            output_names=outputs,
+            dynamic_shapes=dynamic_shapes,
+        )
     assert program is not None
     return program
 
@@ -433,8 +443,7 @@ def save_step(model: SpikingNetwork, frame: Tensor, path: Path, metadata: dict[s
         axes = shapes(torch.export.Dim("batch"))
         traced = torch.export.export(step, (frame, states), dynamic_shapes=axes, strict=False)
     outputs = ["logits", *(f"next_{name}" for name in names)]
-    given = {"input_names": ["frame", *names], "output_names": outputs}
-    program = _onnx_program(traced, **given, dynamic_shapes=shapes("batch"))
+    program = _onnx_program(traced, ["frame", *names], outputs, shapes("batch"))
     program.model.metadata_props.update(metadata)
     program.save(path, external_data=False)
 

@@ -107,7 +107,7 @@ def convert(state: Mapping[str, Tensor], source: str, model: SpikingNetwork) -> 
     pattern = SOURCES[source].unused
     unused = [key for key in state if pattern is not None and re.match(pattern, key)]
     state = {key: value for key, value in state.items() if key not in unused}
-    theirs, original = _in_known_names(state, source)
+    renamed, original = _in_known_names(state, source)
     scales = {
         f"{name}.weight": module.scale
         for name, module in model.named_modules()
@@ -118,7 +118,7 @@ def convert(state: Mapping[str, Tensor], source: str, model: SpikingNetwork) -> 
     missing: list[str] = []
     initialised: list[str] = []
     for key, own in model.state_dict().items():
-        value = theirs.pop(names[key], None)
+        value = renamed.pop(names[key], None)
         over_time = key == "offsets" or ".learned." in key
         if value is not None and over_time and value.numel() == own.numel():
             value = value.reshape(own.shape)  # the source's (T, 1) is our (T,)
@@ -130,20 +130,20 @@ def convert(state: Mapping[str, Tensor], source: str, model: SpikingNetwork) -> 
         if SOURCES[source].is_relu and over_time:
             initialised.append(key)
             continue
-        wanted = f"{key} ({names[key]} in the file)"
+        place = f"{key} ({names[key]} in the file)"
         if value is None:
-            missing.append(f"{wanted} is missing")
+            missing.append(f"{place} is missing")
         else:
             shapes = f"{tuple(value.shape)} instead of {tuple(own.shape)}"
-            missing.append(f"{wanted} has shape {shapes}")
-    unexpected = [original[name] for name in theirs]
+            missing.append(f"{place} has shape {shapes}")
+    unexpected = [original[name] for name in renamed]
     return Converted(weights, missing, unexpected, unused, initialised)
 
 
 def neuron_of(source: str, model: str) -> dict[str, Any]:
     """Return the neuron settings of a source that differ from the model's own."""
-    found = SOURCES[source]
-    return dict(found.preact_neuron if model.startswith("preact_resnet") else found.neuron)
+    origin = SOURCES[source]
+    return dict(origin.preact_neuron if model.startswith("preact_resnet") else origin.neuron)
 
 
 def scale_of(source: str, num_classes: int) -> dict[str, tuple[float, float, float]]:
@@ -234,8 +234,8 @@ def _resnet_names(model: SEWResNet | SpikingResNet | PreActResNet) -> list[tuple
     for i, stage, position in _places_of_blocks(model):
         last = "3" if type(model.blocks[i]).__name__ == "Bottleneck" else "2"
         for pattern, name in _BLOCK_NAMES:
-            theirs = f"layer{stage}.{position}.{name.replace('LAST', last)}"
-            rules.append((rf"^blocks\.{i}\.{pattern}", theirs))
+            source_name = f"layer{stage}.{position}.{name.replace('LAST', last)}"
+            rules.append((rf"^blocks\.{i}\.{pattern}", source_name))
     return rules
 
 
@@ -246,10 +246,10 @@ def _ms_names(model: MSResNet) -> list[tuple[str, str]]:
         pooled = int(not isinstance(model.blocks[i].pool, nn.Identity))
         for pattern, name in _MS_BLOCK_NAMES:
             # In the source every stage begins with a stride, and the first is conv2_x.
-            theirs = f"conv{stage}_x.{position}." + name.format(
+            source_name = f"conv{stage}_x.{position}." + name.format(
                 pooled=pooled, after_pooled=pooled + 1
             )
-            rules.append((rf"^blocks\.{i}\.{pattern}", theirs))
+            rules.append((rf"^blocks\.{i}\.{pattern}", source_name))
     return rules
 
 
@@ -274,9 +274,9 @@ def _vgg_names(model: VGGSNN) -> list[tuple[str, str]]:
     rules = []
     for i, name in enumerate(convs):
         block = int(name.split(".")[1]) if name.startswith("blocks.") else 0
-        theirs, own = f"features.{i + block}", re.escape(name)
-        rules += [(rf"^{own}\.conv\.", f"{theirs}.conv.")]
-        rules += [(rf"^{own}\.neuron\.norm\.", f"{theirs}.bn.")]
+        feature, own = f"features.{i + block}", re.escape(name)
+        rules += [(rf"^{own}\.conv\.", f"{feature}.conv.")]
+        rules += [(rf"^{own}\.neuron\.norm\.", f"{feature}.bn.")]
     return rules
 
 

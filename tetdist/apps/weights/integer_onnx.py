@@ -53,14 +53,14 @@ class _Graph:
 
     def add(self, op: str, *inputs: str | _Array, to: str = "", **attributes: Any) -> str:
         """Add a node, whose inputs may be arrays, and return the name of its output."""
-        given, to = [], to or f"value{len(self.nodes)}"
+        names, to = [], to or f"value{len(self.nodes)}"
         for one in inputs:
             if not isinstance(one, str):
                 name = f"constant{len(self.constants)}"
                 self.constants.append(numpy_helper.from_array(np.ascontiguousarray(one), name))
                 one = name  # its name takes its place
-            given.append(one)
-        self.nodes.append(helper.make_node(op, given, [to], **attributes))
+            names.append(one)
+        self.nodes.append(helper.make_node(op, names, [to], **attributes))
         return to
 
     def cast(self, x: str, kind: Any) -> str:

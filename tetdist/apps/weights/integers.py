@@ -99,10 +99,10 @@ class IntegerNetwork(nn.Module):
 
     def frames(self, x: Tensor) -> Tensor:
         """Return the bytes of normalised images, (1, B, C, H, W), or of counts, (T, B, ...)."""
-        given = self.description["input"]
+        entry = self.description["input"]
         if self.input_kind == "events":
             return x.round().clamp(0, 255).to(torch.uint8).transpose(0, 1)
-        mean, std = (x.new_tensor(given[key]).double().view(-1, 1, 1) for key in ("mean", "std"))
+        mean, std = (x.new_tensor(entry[key]).double().view(-1, 1, 1) for key in ("mean", "std"))
         return (255 * (x * std + mean)).round().clamp(0, 255).to(torch.uint8)[None]
 
     def step(self, frame: Tensor, states: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
@@ -115,16 +115,16 @@ class IntegerNetwork(nn.Module):
         Returns:
             The timestep's logits in units, (B, K), and the membranes after it.
         """
-        found, after = {"frame": frame.int()}, {}
+        values_of, after = {"frame": frame.int()}, {}
         for layer in self.layers:
             name = layer["name"]
             values = dict(self.values[name].items())
-            inputs = [found[one] for one in layer["inputs"]]
+            inputs = [values_of[one] for one in layer["inputs"]]
             if layer["op"] == "neurons":
-                found[name], after[name] = _fire(layer, values, inputs, states.get(name))
+                values_of[name], after[name] = _fire(layer, values, inputs, states.get(name))
             else:
-                found[name] = _LAYERS[layer["op"]](layer, values, *inputs)
-        return found[name].double(), after
+                values_of[name] = _LAYERS[layer["op"]](layer, values, *inputs)
+        return values_of[name].double(), after
 
 
 def _exactly(function: Callable[..., Tensor], *of: Tensor) -> Tensor:
@@ -278,10 +278,10 @@ class _Builder(Traversal[_Value]):
                 raise self.refused(f"has {kind_of(neuron)} neurons without whole numbers")
         if isinstance(model.fc, nn.Identity):
             raise self.refused("has no classifier")
-        given: dict[str, Any] = {"kind": model.input_kind, "shape": list(shape)}
+        entry: dict[str, Any] = {"kind": model.input_kind, "shape": list(shape)}
         zero, unit = torch.zeros(shape[0]).long(), torch.ones(shape[0], dtype=torch.float64)
         if model.input_kind == "images":
-            given |= {"mean": list(mean), "std": list(std)}
+            entry |= {"mean": list(mean), "std": list(std)}
             middle, spread = (torch.tensor(one, dtype=torch.float64) for one in (mean, std))
             zero, unit = (255 * middle).round().clamp(0, 255).long(), 1 / (255 * spread)
             # Padding is the whole level next to the mean; only the bias takes the rest.
@@ -294,7 +294,7 @@ class _Builder(Traversal[_Value]):
         description = {
             "timesteps": self.timesteps,
             "classes": model.num_classes,
-            "input": given,
+            "input": entry,
             "layers": self.layers,
             "logit": logit,
             "units": self.units,
@@ -502,11 +502,11 @@ def _thresholds(config: LIF | ILIF, per_real: Tensor) -> dict[str, Tensor]:
         steps = [(count + 0.5, count % 2 == 1) for count in range(config.most_spikes)]
     else:
         steps = [(1.0, config.fires_at_threshold)]
-    found = [
+    thresholds = [
         (level * threshold).ceil() - 1 if reached else (level * threshold).floor()
         for level, reached in steps
     ]
-    values = {"thresholds": torch.stack(found).long()}
+    values = {"thresholds": torch.stack(thresholds).long()}
     if isinstance(config, ILIF) or not config.resets_to_zero:
         values["step"] = threshold.round().long()
     return values

@@ -67,12 +67,12 @@ class Published:
 @cache
 def table() -> dict[str, Published]:
     """Return the published networks by name."""
-    found = {}
+    networks = {}
     for page, group in read_yaml(TABLE).items():
         for name, own in group.pop("networks").items():
             defaults = {"name": name, "page": page, "model": name, "file": f"{name}.pth"}
-            found[name] = Published(**defaults | group | own)
-    return found
+            networks[name] = Published(**defaults | group | own)
+    return networks
 
 
 def named(name: str) -> Published:
@@ -121,10 +121,10 @@ def obtain(one: Published) -> Path:
                 f"{one.by_hand(file)}"
             )
         stream.seek(0)
-        found = hashlib.file_digest(stream, "sha256").hexdigest()
+        checksum = hashlib.file_digest(stream, "sha256").hexdigest()
     if not digest.exists():
-        files.write_text(digest, found)
-    elif digest.read_text() != found:
+        files.write_text(digest, checksum)
+    elif digest.read_text() != checksum:
         raise UserError(
             f"{file} differs from the first download of {one.name}; remove it to download it "
             f"again, or remove {digest} to accept it"
