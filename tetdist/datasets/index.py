@@ -325,11 +325,15 @@ def index_listing(
     Returns:
         The index of the good samples, and the bad ones in order.
     """
-    what: Any = (probe_tensor, ()) if listing.kind == "events" else (probe_image, (decode,))
-    what += root, listing.byte_ranges, workers, progress
-    if journal is not None:
-        return assemble(root, listing, probe_with_journal(journal, *what))
-    return assemble(root, listing, chain.from_iterable(probe_batches(*what)))
+    probe = probe_tensor if listing.kind == "events" else probe_image
+    options = () if listing.kind == "events" else (decode,)
+    places = listing.byte_ranges
+    results = (
+        chain.from_iterable(probe_batches(probe, options, root, places, workers, progress))
+        if journal is None
+        else probe_with_journal(journal, probe, options, root, places, workers, progress)
+    )
+    return assemble(root, listing, results)
 
 
 def check_fresh(index: Index, root: str | Path, file: str | Path | None = None) -> None:

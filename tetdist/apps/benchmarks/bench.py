@@ -183,11 +183,11 @@ def seconds_of(step: Callable[[], object]) -> float:
 
 def in_turns(steps: Mapping[str, Callable[[], float]], repeats: int) -> dict[str, list[float]]:
     """Return what each contestant's function returns, by round."""
-    found: dict[str, list[float]] = {name: [] for name in steps}
+    results: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(repeats):
         for name, step in steps.items():
-            found[name].append(step())
-    return found
+            results[name].append(step())
+    return results
 
 
 def ratio(values: Iterable[float], others: Iterable[float]) -> float:
@@ -199,8 +199,8 @@ def row_of(name: str, seconds: Mapping[str, list[float]], batch: int) -> dict[st
     """Return a contestant's figures; the ratio is to the first one's."""
     values, first = seconds[name], next(iter(seconds.values()))
     median = statistics.median(values)
-    found = {"name": name, "seconds": median, "fastest": min(values)}
-    return found | {"ratio": ratio(values, first), "images_per_s": batch / median}
+    row = {"name": name, "seconds": median, "fastest": min(values)}
+    return row | {"ratio": ratio(values, first), "images_per_s": batch / median}
 
 
 def table(result: dict[str, Any]) -> str:
@@ -217,8 +217,14 @@ def table(result: dict[str, Any]) -> str:
         ]
         for row in result["rows"]
     ]
-    keys = ("images_per_s", "model", "size", "precision", "processes", "timesteps")
-    flag = speed_flag(*(result[key] for key in keys))
+    flag = speed_flag(
+        result["images_per_s"],
+        model=result["model"],
+        pixels=result["size"],
+        precision=result["precision"],
+        processes=result["processes"],
+        timesteps=result["timesteps"],
+    )
     mode = "" if result["recompute"] == "none" else f", recomputing {result['recompute']}"
     return (
         f"{result['model']}, T={result['timesteps']}, batch {result['batch']}, "

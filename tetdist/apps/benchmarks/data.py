@@ -34,9 +34,9 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
                 seconds = seconds_of(lambda: [next_batch() for _ in range(BATCHES)])
                 rates.append(BATCHES * options.batch / seconds)
     keys = ("size", "batch", "threads", "repeats")
-    found = {key: getattr(options, key) for key in keys}
-    found |= {"data": options.data and str(options.data), "fastest": max(rates)}
-    return found | {"images_per_s": statistics.median(rates)}
+    result = {key: getattr(options, key) for key in keys}
+    result |= {"data": options.data and str(options.data), "fastest": max(rates)}
+    return result | {"images_per_s": statistics.median(rates)}
 
 
 def gather(folder: Path | None, root: Path) -> None:
@@ -51,10 +51,10 @@ def gather(folder: Path | None, root: Path) -> None:
 
 def images_of(folder: Path) -> list[Path]:
     """Return the JPEG files below a folder."""
-    found = sorted(p.resolve() for p in folder.rglob("*") if p.suffix.lower() in (".jpg", ".jpeg"))
-    if not found:
+    files = sorted(p.resolve() for p in folder.rglob("*") if p.suffix.lower() in (".jpg", ".jpeg"))
+    if not files:
         raise UserError(f"--data: {folder} has no JPEG files; give another folder")
-    return found
+    return files
 
 
 def make_images(folder: Path, count: int = 100) -> list[Path]:
@@ -75,8 +75,15 @@ def make_images(folder: Path, count: int = 100) -> list[Path]:
 def ours(options: argparse.Namespace, root: Path) -> Iterator[Callable[[], Any]]:
     """Yield a function that returns the next batch of a training on the CPU."""
     index, _ = build_index(root, "train", workers=1, decode=False)
-    batch, alone = options.batch, {"rank": 0, "world_size": 1}
-    share = Share(seed=0, global_batch=batch, micro_batch=batch, **alone, epoch=0, step_in_epoch=0)
+    share = Share(
+        seed=0,
+        global_batch=options.batch,
+        micro_batch=options.batch,
+        rank=0,
+        world_size=1,
+        epoch=0,
+        step_in_epoch=0,
+    )
     workers = Workers(device="cpu", device_id=None, threads=options.threads, prefetch=2)
     data = DataSection(root=str(root))
     with train_batches(data, index, share, options.size, workers) as loader:

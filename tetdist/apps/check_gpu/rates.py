@@ -28,10 +28,12 @@ def check_rates(here: Machine) -> Finding:
     own: dict[int, dict[str, Any]] = {}
     texts = []
     size, batches, repeats = (224, BATCHES, 20) if here.on_gpu else (33, (2,), 2)
-    of = MEASURED | {"modes": ["none"], "size": size, "device": here.world.device.type}
+    device = here.world.device.type
     for batch in batches:
         here.progress(f"batch {batch}")
-        options = argparse.Namespace(**of, batch=batch, repeats=repeats)
+        options = argparse.Namespace(
+            **MEASURED, modes=["none"], size=size, device=device, batch=batch, repeats=repeats
+        )
         try:
             with contextlib.redirect_stderr(io.StringIO()):
                 _relu, own[batch] = measure(options)["rows"]

@@ -58,7 +58,7 @@ def check_steps(here: Machine) -> Finding:
     numbers: dict[str, dict[str, Any]] = {}
     for name, settings in (VARIANTS | (VARIANTS_ON_GPU if here.on_gpu else {})).items():
         here.progress(name)
-        numbers[name] = result = take(here, **{"precision": "bf16"} | settings)
+        numbers[name] = result = take(here, {"precision": "bf16"} | settings)
         wrong, remedy, plain = result.pop("wrong"), REPORT, numbers[EQUAL.get(name, name)]
         if wrong is None and plain["results"] != result["results"]:
             wrong, remedy = f"results differ from those of {EQUAL[name]}", WITHOUT_GRAPHS
@@ -69,12 +69,12 @@ def check_steps(here: Machine) -> Finding:
     return Finding("ok", f"{STEPS} steps of {', '.join(numbers)}, {what}", None, numbers)
 
 
-def take(here: Machine, **settings: Any) -> dict[str, Any]:
+def take(here: Machine, settings: dict[str, Any]) -> dict[str, Any]:
     """Take steps of two micro-batches; return the results, and what is wrong."""
     model, precision = settings.pop("model", "sew_resnet18"), settings["precision"]
     size, batch = (64, 4) if here.on_gpu else (33, 2)
-    of = {"size": 32 if model.endswith("cifar") else size, "batch": batch, "accumulation": 2}
-    step = training_step(here.world, model, **of, **settings)
+    size = 32 if model.endswith("cifar") else size
+    step = training_step(here.world, model, size=size, batch=batch, accumulation=2, **settings)
     # Sums in another order, or by another algorithm, differ, in float64 by less than the limit.
     choose_algorithms(precision, deterministic=precision != "fp64")
     try:

@@ -63,9 +63,9 @@ def _misfits(here: Machine, nccl: str | None) -> Iterator[tuple[str, str]]:
             installed.get("triton"),
             "\n".join(importlib.metadata.requires("torch") or ()),
         )
-        wanted = re.search(r"^triton\s*\(?==([\w.]+)", needs, re.MULTILINE)
-        if not triton or (wanted and wanted[1] != triton):
-            exact = f"=={wanted[1]}" if wanted else ""
+        required = re.search(r"^triton\s*\(?==([\w.]+)", needs, re.MULTILINE)
+        if not triton or (required and required[1] != triton):
+            exact = f"=={required[1]}" if required else ""
             text = f"{this_torch} needs triton{exact}, but {triton or 'none'} is installed"
             yield text, f"pip install 'triton{exact}'"
         if not any(shutil.which(name) for name in (os.environ.get("CC") or "gcc", "clang")):

@@ -19,21 +19,22 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     commands = parser.add_subparsers(dest="command", required=True)
 
     def command(name: str, what: str, *, repeats: int, batch: int) -> argparse.ArgumentParser:
-        one = commands.add_parser(name, help=what, description=what)
-        one.add_argument("--batch", type=positive, default=batch, metavar="B", help="micro-batch")
-        one.add_argument("--repeats", type=positive, default=repeats, help="measuring rounds")
-        one.add_argument("--json", type=Path, metavar="FILE", help="also write the result as JSON")
-        return one
+        benchmark = commands.add_parser(name, help=what, description=what)
+        add = benchmark.add_argument
+        add("--batch", type=positive, default=batch, metavar="B", help="micro-batch")
+        add("--repeats", type=positive, default=repeats, help="measuring rounds")
+        add("--json", type=Path, metavar="FILE", help="also write the result as JSON")
+        return benchmark
 
     step = command("step", "time and memory of a training step", repeats=7, batch=4)
     step.add_argument("--model", default="sew_resnet34", help="default: sew_resnet34")
     step.add_argument("--size", type=positive, help="image side in pixels; default: the model's")
-    given = "timesteps a sample (default: 4)"
-    step.add_argument("--timesteps", type=positive, default=4, metavar="T", help=given)
+    text = "timesteps a sample (default: 4)"
+    step.add_argument("--timesteps", type=positive, default=4, metavar="T", help=text)
     choices = ["fp32", "tf32", "bf16"]
     step.add_argument("--precision", choices=choices, default="fp32", help="default: fp32")
-    given = "default: auto, a GPU if there is one"
-    step.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help=given)
+    text = "default: auto, a GPU if there is one"
+    step.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help=text)
     step.add_argument(
         "--modes",
         nargs="+",

@@ -26,8 +26,8 @@ KEPT = "interrupted; the file of --json has the findings so far"
 def main(arguments: list[str] | None = None) -> int:
     parser = documented_parser("check_gpu", __doc__)
     known = ",".join(NAMES)
-    given = "default: auto, a GPU if there is one"
-    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help=given)
+    text = "default: auto, a GPU if there is one"
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help=text)
     parser.add_argument("--only", metavar=known, help="run only these checks; default: all")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the findings as JSON")
     add_local_rank(parser)
@@ -62,11 +62,11 @@ def check(options: argparse.Namespace, names: list[str]) -> int:
             write_result(options.json, report)
 
     def add(name: str, findings: list[Finding]) -> None:
-        checks[name] = found = reported(findings)
-        speed = found.pop("speed", {})
+        checks[name] = finding = reported(findings)
+        speed = finding.pop("speed", {})
         report.update(speed)
         if is_first:
-            print(f"{found['status']:8}  {name:10} {found['text']}", flush=True)
+            print(f"{finding['status']:8}  {name:10} {finding['text']}", flush=True)
             if speed:
                 print(f"{'':20} for slurm: {_flag(report)}", flush=True)
         keep()
@@ -93,8 +93,14 @@ def check(options: argparse.Namespace, names: list[str]) -> int:
 
 def _flag(report: dict[str, Any]) -> str:
     """Return the measured speed of one process as slurm's flag."""
-    keys = ("model", "size", "precision", "processes", "timesteps")
-    return speed_flag(report["images_per_s"] / report["processes"], *(report[key] for key in keys))
+    return speed_flag(
+        report["images_per_s"] / report["processes"],
+        model=report["model"],
+        pixels=report["size"],
+        precision=report["precision"],
+        processes=report["processes"],
+        timesteps=report["timesteps"],
+    )
 
 
 def keep_quiet() -> None:

@@ -88,39 +88,39 @@ def read(archive: Path) -> tuple[Kind, dict[str, bytes]]:
 
     Nothing is unpacked to the disk, so a path in the archive cannot escape the folder.
     """
-    wanted = {name for kind in (CIFAR10, CIFAR100) for name in _names(kind)}
-    found: dict[str, bytes] = {}
+    known = {name for kind in (CIFAR10, CIFAR100) for name in _names(kind)}
+    files: dict[str, bytes] = {}
     pickles: set[str] = set()
     try:
         with open_file(archive) as file, tarfile.open(fileobj=file) as tar:
             for member in filter(tarfile.TarInfo.isfile, tar):
                 name = PurePosixPath(member.name).name
                 pickles |= {name} & _PICKLES
-                if name not in wanted:
+                if name not in known:
                     continue
                 stream = tar.extractfile(member)
                 assert stream is not None, "it is a file"
-                found[name] = stream.read()
+                files[name] = stream.read()
             assert tar.fileobj is not None, "it is open"
             tar.fileobj.read(-1)  # up to the checksum at the end
     except (tarfile.TarError, zlib.error, EOFError, OSError) as error:
         reason = getattr(error, "strerror", None) or "it is damaged, or no tar; get it again"
         raise UserError(f"{archive} cannot be read as a tar archive: {reason}") from error
     for kind in (CIFAR10, CIFAR100):
-        if _names(kind) <= found.keys():
-            return kind, found
+        if _names(kind) <= files.keys():
+            return kind, files
     if pickles:
         raise UserError(
             f"{archive} holds pickles, which can run any code; take the binary version, "
             "cifar-10-binary.tar.gz or cifar-100-binary.tar.gz"
         )
-    if not found:
+    if not files:
         raise UserError(
             f"{archive} is not CIFAR's binary archive; if it holds class folders of images, unpack "
             f"it and run `{typed('images')} index FOLDER`"
         )
-    some = CIFAR100 if _names(CIFAR100) & found.keys() else CIFAR10
-    missing = ", ".join(sorted(_names(some) - found.keys()))
+    some = CIFAR100 if _names(CIFAR100) & files.keys() else CIFAR10
+    missing = ", ".join(sorted(_names(some) - files.keys()))
     raise UserError(f"{archive} is incomplete: it lacks {missing}")
 
 

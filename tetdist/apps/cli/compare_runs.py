@@ -31,8 +31,8 @@ def show(options: argparse.Namespace) -> int:
     named = find_runs(options.runs)
     folders = [folder for folder in named if compare.has_metrics(folder)]
     if len(folders) < 2:
-        found = f"only the run {folders[0]}" if folders else "no run"
-        raise UserError(f"there is {found} with metrics; name two or more that have some")
+        known = f"only the run {folders[0]}" if folders else "no run"
+        raise UserError(f"there is {known} with metrics; name two or more that have some")
     for folder in sorted({*named} - {*folders}):
         print(f"Left out: {folder} has no metrics yet.")
     runs = compare.read_runs(folders)

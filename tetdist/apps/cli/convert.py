@@ -33,13 +33,13 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("source", nargs="?", metavar="FILE", help=".safetensors, or a file of torch.save")
     add("--list", action="store_true", help="list the published networks, and exit")
-    given = "download and convert a network of that list, instead of FILE, --model and --from"
-    add("--fetch", metavar="NAME", help=given)
+    text = "download and convert a network of that list, instead of FILE, --model and --from"
+    add("--fetch", metavar="NAME", help=text)
     add("--model", metavar="NAME", help="tetdist's model: sew_resnet34, vggsnn, ...")
     choices = ["auto", *SOURCES]
     add("--from", dest="layout", choices=choices, default="auto", help="project that wrote FILE")
-    given = "new file (default with --fetch: NAME.safetensors)"
-    add("--output", metavar="FILE.safetensors", type=Path, help=given)
+    text = "new file (default with --fetch: NAME.safetensors)"
+    add("--output", metavar="FILE.safetensors", type=Path, help=text)
     add("--timesteps", type=positive, metavar="T", help="T of its training; default: the model's")
     add(
         "--classes",

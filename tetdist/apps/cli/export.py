@@ -36,8 +36,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add_checkpoint(parser)
     formats = ["safetensors", "timm", "nir", "onnx", "onnx-step", "torch"]
-    given = "weights (safetensors, timm), or a graph of all T timesteps (onnx, torch) or of one"
-    add("--format", choices=formats, help=f"{given} (onnx-step, nir); see docs/weights.md")
+    text = "weights (safetensors, timm), or a graph of all T timesteps (onnx, torch) or of one"
+    add("--format", choices=formats, help=f"{text} (onnx-step, nir); see docs/weights.md")
     add(
         "--output",
         metavar="PATH",
@@ -111,8 +111,8 @@ def check_output(parser: argparse.ArgumentParser, form: str, output: Path) -> No
     """Refuse an --output whose suffix does not match the format."""
     ending = ENDINGS.get(form)
     if output.suffix != ending and (form not in FOLDERS or output.suffix in ENDINGS.values()):
-        wanted = "be a folder" if form in FOLDERS else f"end in {ending}"
-        parser.error(f"--output of --format {form} must {wanted}, unlike {output}")
+        rule = "be a folder" if form in FOLDERS else f"end in {ending}"
+        parser.error(f"--output of --format {form} must {rule}, unlike {output}")
 
 
 def main(arguments: list[str] | None = None) -> int:

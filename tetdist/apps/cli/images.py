@@ -67,8 +67,8 @@ def _add_index(commands: Any) -> None:
     )
     _add_common(command)
     _add_classes(command)
-    given = "leave out files that cannot be used"
-    command.add_argument("--skip-bad", action="store_true", help=given)
+    text = "leave out files that cannot be used"
+    command.add_argument("--skip-bad", action="store_true", help=text)
 
 
 def _add_check(commands: Any) -> None:
@@ -172,8 +172,8 @@ def _index(args: argparse.Namespace) -> int:
     if bad and not args.skip_bad:
         raise UserError("no index was written: replace or remove what is bad, or give --skip-bad")
     for index, listing in zip(indexes, listings, strict=True):
-        wanted = listing.labels if listing.archives else range(len(listing.classes))
-        missing = set(wanted) - set(index.labels.tolist())
+        labels = listing.labels if listing.archives else range(len(listing.classes))
+        missing = set(labels) - set(index.labels.tolist())
         if missing:
             name = index.classes[min(missing)]
             raise UserError(
@@ -242,9 +242,9 @@ def _check(args: argparse.Namespace) -> int:
     findings: list[Finding] = []
     for listing in _list(args):
         with file_progress(listing.split) as progress:
-            found = check.examine_split(args.root, listing, args.workers, progress)
-        examined[listing.split] = listing, found
-        findings.extend(check.split_findings(listing, found))
+            samples = check.examine_split(args.root, listing, args.workers, progress)
+        examined[listing.split] = listing, samples
+        findings.extend(check.split_findings(listing, samples))
         if not args.subset:
             findings.extend(check.imagenet_findings(listing))
         out = args.out or args.root / "index"

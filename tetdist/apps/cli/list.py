@@ -12,7 +12,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = Parser(prog=program("list"), description=__doc__)
     kinds = ["recipes", "networks", "trained", "neurons", "losses", "optimisers"]
     parser.add_argument("kind", nargs="?", choices=kinds, metavar="KIND", help=", ".join(kinds))
-    wanted = parser.parse_args(arguments).kind or ""
+    kind = parser.parse_args(arguments).kind or ""
     from tetdist.config.loading import CONFIGS_DIR
     from tetdist.config.names import LOSSES, NETWORKS, OPTIMIZERS
     from tetdist.nn.neurons import NEURONS
@@ -33,6 +33,6 @@ def main(arguments: list[str] | None = None) -> int:
     }
     filled = {title: textwrap.fill(", ".join(names), 98) for title, names in known.items()}
     texts = {"recipes (train --config NAME)": "\n".join(recipes)} | filled
-    shown = [title for title in texts if title.startswith(wanted)]
+    shown = [title for title in texts if title.startswith(kind)]
     print("\n\n".join(f"{title}:\n{textwrap.indent(texts[title], '  ')}" for title in shown))
     return 0

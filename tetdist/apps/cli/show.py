@@ -22,10 +22,10 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--sample", metavar="K", type=int, default=0, help="number of the sample (default: 0)")
     add("--best", action="store_true", help="use a run folder's best checkpoint")
     add("--data", metavar="ROOT", help="folder that holds val/; default: training's")
-    given = "split of the sample (default: val, or without one what the run held out)"
-    add("--split", help=given)
-    given = "PNG and GIF to write, without suffix, or a folder for sample-K (default: here)"
-    add("--output", metavar="PATH", type=Path, help=given)
+    text = "split of the sample (default: val, or without one what the run held out)"
+    add("--split", help=text)
+    text = "PNG and GIF to write, without suffix, or a folder for sample-K (default: here)"
+    add("--output", metavar="PATH", type=Path, help=text)
     add_import(parser)
     return parser.parse_args(arguments)
 
@@ -39,17 +39,22 @@ def show(options: argparse.Namespace) -> None:
     hub.check_source(options.checkpoint)  # before torch is imported
     if (output := options.output or Path()).is_dir():
         output /= f"sample-{options.sample}"
-    drawn = [output.with_name(f"{output.name}.{kind}") for kind in ("png", "gif")]
-    for file in drawn:
+    png, gif = (output.with_name(f"{output.name}.{kind}") for kind in ("png", "gif"))
+    for file in (png, gif):
         files.check_writable("--output", file)
     from tetdist.apps.reports import sample_plot
 
-    which = "best" if options.best else "last"
-    given = (options.checkpoint, which, options.sample, options.split, options.data)
-    seen = sample_plot.see(*given, options.imports)
+    seen = sample_plot.see(
+        options.checkpoint,
+        "best" if options.best else "last",
+        options.sample,
+        options.split,
+        options.data,
+        options.imports,
+    )
     print(seen.title)
     for t, probabilities in enumerate(seen.probabilities, start=1):
         answer = int(probabilities.argmax())
         print(f"  t={t}  {seen.classes[answer]}  {100 * probabilities[answer]:.1f} %")
-    sample_plot.draw(seen, *drawn)
-    print(f"wrote {' and '.join(map(str, drawn))}")
+    sample_plot.draw(seen, png, gif)
+    print(f"wrote {png} and {gif}")

@@ -135,9 +135,9 @@ def study(options: argparse.Namespace) -> int:
         refuse_if_at_work(left)
         failed = work(chosen, options.jobs)
     words = (str(file), *options.overrides, *import_flags(options.imports))
-    found = numbers.gather(runs[0].study, runs, str(plan.Command("study", words)), failed)
-    report.write(found, output / "report.md")
-    print(report.summary(found), f"the report is {output / 'report.md'}", sep="\n")
+    results = numbers.gather(runs[0].study, runs, str(plan.Command("study", words)), failed)
+    report.write(results, output / "report.md")
+    print(report.summary(results), f"the report is {output / 'report.md'}", sep="\n")
     tracked = [run for run in runs if (run.folder / "mlflow_run_id").exists()]
     for uri, folder in {run.config.tracking_uri: run.folder for run in tracked}.items():
         if uri:

@@ -114,13 +114,13 @@ def read_config(options: argparse.Namespace) -> "RunConfig | None":
         import_files(options.imports)
         inherits = "Configuration file or recipe from which a file inherits the keys that it omits."
         known = {"base": Documented("text", "default: none", inherits)} | documented_keys()
-        wanted = set[str]()
+        chosen = set[str]()
         for key in options.overrides or [""]:
             # Users may type phases.0.epochs, optimizer=..., the beginning of a key, or its end.
             word = re.sub(r"\.\d+(?=\.|$)", ".N", key.partition("=")[0])
             named = {one for one in known if not word or f"{one}.".startswith(f"{word}.")}
             named = named or {one for one in known if f".{word}." in f".{one}."}
-            wanted |= named
+            chosen |= named
             if not named:
                 near = nearest(schema.RunConfig, word.split(".")).replace(".0.", ".N.")
                 near = near.replace("set phases", "see phases")
@@ -130,7 +130,7 @@ def read_config(options: argparse.Namespace) -> "RunConfig | None":
         # A pipe gets a line for each key, for grep.
         width = shutil.get_terminal_size().columns if sys.stdout.isatty() else sys.maxsize
         for key, documented in known.items():
-            if key in wanted:
+            if key in chosen:
                 print(textwrap.fill(f"{key} {documented}", width, subsequent_indent=" " * 4))
         return None
     # Several processes check the data later, together, since each host may have its own.

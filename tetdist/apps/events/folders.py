@@ -127,13 +127,13 @@ def _are_only_parts(folders: list[Path], parts: dict[str, Part | None]) -> bool:
 
 
 def _folders(folder: Path) -> list[Path]:
-    found = [path for path in folder.iterdir() if path.is_dir() and path.name[0] != "."]
-    return sorted(found, key=lambda path: natural_key(path.name))
+    folders = [path for path in folder.iterdir() if path.is_dir() and path.name[0] != "."]
+    return sorted(folders, key=lambda path: natural_key(path.name))
 
 
 def _files(folder: Path, suffixes: Sequence[str]) -> list[Path]:
-    found = [path for path in _all_files(folder) if path.suffix.lower() in suffixes]
-    return sorted(found, key=lambda path: natural_key(path.name))
+    files = [path for path in _all_files(folder) if path.suffix.lower() in suffixes]
+    return sorted(files, key=lambda path: natural_key(path.name))
 
 
 def _all_files(folder: Path) -> list[Path]:
@@ -240,17 +240,17 @@ def _check(
     pieces = [piece for source in sources for piece in source.pieces]
     if not pieces:
         if problems := [f"{one.path}: {one.problem}" for one in sources if one.problem]:
-            wanted = f"FILE{_LABELS} needs whole numbers in the columns {', '.join(_COLUMNS)}"
+            rule = f"FILE{_LABELS} needs whole numbers in the columns {', '.join(_COLUMNS)}"
             shown = f"{'; '.join(problems[:3])}{and_more(problems, 3)}"
-            raise UserError(f"{root}: {shown}; {wanted}")
-        found = f"no recordings ({', '.join(suffixes)})"
+            raise UserError(f"{root}: {shown}; {rule}")
+        content = f"no recordings ({', '.join(suffixes)})"
         if loose:
-            found = f"{counted(len(loose), 'recording')}, not in class folders"
+            content = f"{counted(len(loose), 'recording')}, not in class folders"
             beside = [_files(one, suffixes) for one in _folders(root.absolute().parent)]
             if len(beside) > 1 and all(beside):
                 raise UserError(f"{root} is a class folder itself: give {root.absolute().parent}")
         raise UserError(
-            f"{root} holds {found}; arrange them as CLASS/FILE, as"
+            f"{root} holds {content}; arrange them as CLASS/FILE, as"
             " train/CLASS/FILE and test/CLASS/FILE, or as FILE with FILE_labels.csv (to evaluate"
             " them only: CLASS/FILE and --split all-to-val)"
         )

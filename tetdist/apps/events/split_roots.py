@@ -79,9 +79,9 @@ def make_split(
 
 def _check_classes(sources: Sequence[Source], members: dict[Part, list[Record]], name: str) -> None:
     """Check that train and val have all classes, so that labels have the same meaning."""
-    wanted = {piece.class_name for source in sources for piece in source.pieces}
+    classes = {piece.class_name for source in sources for piece in source.pieces}
     for part in _PARTS:
-        missing = sorted(wanted - {record.class_name for record in members[part]})
+        missing = sorted(classes - {record.class_name for record in members[part]})
         if missing:
             raise UserError(
                 f"the split {name!r} has no usable recording of class {missing[0]!r} in {part}; "

@@ -28,8 +28,8 @@ def statistics(records: Iterable[Record]) -> dict[str, dict[str, Any]]:
         by_class.setdefault(record.class_name, []).append(record)
     names = sorted(by_class, key=natural_key)
     everything = [record for name in names for record in by_class[name]]
-    found = {name: _of(by_class[name]) for name in names}
-    return {ALL: _of(everything), **found}
+    of_classes = {name: _of(by_class[name]) for name in names}
+    return {ALL: _of(everything), **of_classes}
 
 
 def _of(records: list[Record]) -> dict[str, Any]:

@@ -171,10 +171,10 @@ def _claim(dest: Path, source: Path, settings: Settings) -> None:
         recorded = {"format_version": before["format_version"], **before["parameters"]}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{file} is damaged ({error!r}); {_way_out()}") from error
-    wanted = {"format_version": _FORMAT_VERSION, **settings.as_dict()}
-    for name in sorted(wanted.keys() | recorded.keys()):
+    current = {"format_version": _FORMAT_VERSION, **settings.as_dict()}
+    for name in sorted(current.keys() | recorded.keys()):
         # Convert through JSON, which turns tuples to lists, as for the recorded value.
-        now = json.loads(json.dumps(wanted.get(name)))
+        now = json.loads(json.dumps(current.get(name)))
         if now != recorded.get(name):
             raise UserError(
                 f"the tensors in {dest} were made with {name}={_shown(recorded.get(name))}, not"
@@ -208,23 +208,23 @@ def make_tensors(
     Returns:
         All records by key, and the bad recordings or pieces.
     """
-    found = _keep(source, dest, listing, workers, progress)
+    records = _keep(source, dest, listing, workers, progress)
     bad = [BadFile(item.path, item.problem) for item in listing.sources if item.problem]
     tasks = [
         (source, dest, item, settings)
         for item in listing.sources
-        if not item.problem and not all(piece.key in found for piece in item.pieces)
+        if not item.problem and not all(piece.key in records for piece in item.pieces)
     ]
     file = dest / _RECORDS
     with explaining(file), progress("bin") as advance, file.open("a", encoding="utf-8") as stream:
         for made, wrong in run_tasks(_make, tasks, workers, advance):
             stream.writelines(json.dumps(asdict(record)) + "\n" for record in made)
             stream.flush()
-            found |= {record.key: record for record in made}
+            records |= {record.key: record for record in made}
             bad.extend(wrong)
         os.fsync(stream.fileno())
     keys = [piece.key for item in listing.sources for piece in item.pieces]
-    records, mixed = _same_sensor({key: found[key] for key in keys if key in found})
+    records, mixed = _same_sensor({key: records[key] for key in keys if key in records})
     return records, bad + mixed
 
 
@@ -249,7 +249,7 @@ def _recorded(dest: Path, listing: Listing) -> dict[str, Record]:
     """Read the records of existing tensors, by key."""
     pieces = {piece.key: piece for item in listing.sources for piece in item.pieces}
     file = dest / _RECORDS
-    found: dict[str, Record] = {}
+    records: dict[str, Record] = {}
     for line in whole_lines(file):
         try:
             values = parse_json(line)
@@ -258,8 +258,8 @@ def _recorded(dest: Path, listing: Listing) -> dict[str, Record]:
             record = Record(**values)
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{file} is damaged ({error!r}); {_way_out()}") from error
-        found[record.key] = record
-    for record in found.values():
+        records[record.key] = record
+    for record in records.values():
         piece = pieces.get(record.key)
         if piece is None:
             raise UserError(
@@ -268,7 +268,7 @@ def _recorded(dest: Path, listing: Listing) -> dict[str, Record]:
             )
         if piece.window != record.window:
             raise UserError(f"the labels of {record.source} have changed; {_way_out()}")
-    return found
+    return records
 
 
 def _verify(task: tuple[Path, Path, list[Record]]) -> list[Record]:

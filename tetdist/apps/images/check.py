@@ -41,12 +41,12 @@ def examine_split(
     root: str | Path, listing: Listing, workers: int, progress: ReportProgress | None = None
 ) -> list[bytes | str]:
     """Decode every sample of a listing of images; return its digest, or why it is unusable."""
-    found: list[bytes | str] = []
+    samples: list[bytes | str] = []
     for results in probe_batches(_examine, (), root, listing.byte_ranges, workers):
-        found.extend(results)
+        samples.extend(results)
         if progress is not None:
-            progress(len(found), len(listing.byte_ranges))
-    return found
+            progress(len(samples), len(listing.byte_ranges))
+    return samples
 
 
 def _examine(stream: IO[bytes], size: int) -> bytes | str:

@@ -49,8 +49,8 @@ def read_tables(root: Path, split: str, workers: int) -> list[Table]:
     files = sorted(file for file in folder.glob("*.parquet") if name.fullmatch(file.name))
     first = re.fullmatch(r"(.*-)(\d+)(-of-(\d+).*)", files[0].name) if files else None
     count, width = (int(first[4]), len(first[2])) if first else (0, 0)
-    wanted = [f"{first[1]}{i:0{width}d}{first[3]}" for i in range(count) if first]
-    missing = [file for file in wanted if not (folder / file).is_file()]
+    names = [f"{first[1]}{i:0{width}d}{first[3]}" for i in range(count) if first]
+    missing = [file for file in names if not (folder / file).is_file()]
     if missing or not files:
         file = missing[0] + and_more(missing) if missing else f"{split}-00000-of-N.parquet"
         raise UserError(f"there is no {file} in {folder}: fetch it, or name other --splits")
@@ -105,7 +105,7 @@ def class_names(
     """
     known, tables = imagenet_classes(), [*chain.from_iterable(splits.values())]
     samples = [sample for table in tables for sample in table.samples]
-    ids = [(*sample, found[0]) for sample in samples if (found := WORDNET_ID.search(sample[1]))]
+    ids = [(*sample, match[0]) for sample in samples if (match := WORDNET_ID.search(sample[1]))]
     wrong = [(name, k) for k, name, of_name in ids if known[k : k + 1] != (of_name,)]
     if 2 * len(wrong) >= len(ids) or (wrong and subset):
         of_hub, last = tables[0].classes, max(samples)[0]
@@ -119,9 +119,9 @@ def class_names(
         )
     for split, of_split in splits.items():
         number = sum(len(table.samples) for table in of_split)
-        if number != (wanted := IMAGENET_COUNTS.get(split, number)) and not subset:
+        if number != (complete := IMAGENET_COUNTS.get(split, number)) and not subset:
             raise UserError(
-                f"{root} has {number:,} images of {split}, but ImageNet-1k has {wanted:,}: fetch"
+                f"{root} has {number:,} images of {split}, but ImageNet-1k has {complete:,}: fetch"
                 " the missing files, or give --subset to pack a part of it"
             )
     return known
@@ -154,9 +154,9 @@ def _read(task: tuple[Path, list[tuple[int, tuple[int, str]]]]) -> Iterator[Pack
         images = (image for batch in batches for image in batch["image"].field("bytes"))
         for (number, (label, name)), image in zip(samples, images, strict=True):
             data = image.as_py() or b""
-            found = probe_image(io.BytesIO(data), len(data), decode=True)
-            if isinstance(found, str):
-                raise UserError(f"{name} in {file} cannot be used ({found}): fetch the file again")
+            probe = probe_image(io.BytesIO(data), len(data), decode=True)
+            if isinstance(probe, str):
+                raise UserError(f"{name} in {file} cannot be used ({probe}): fetch the file again")
             if not name.lower().endswith(IMAGE_SUFFIXES):
-                name += ".jpg" if found.format in ("JPEG", "MPO") else f".{found.format}"
+                name += ".jpg" if probe.format in ("JPEG", "MPO") else f".{probe.format}"
             yield Packed(number, name, label, data)

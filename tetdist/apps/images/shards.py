@@ -193,6 +193,6 @@ def _checksum(data: bytes) -> str:
 
 
 def _verify(aside: Path, file: Path, checksums: dict[str, str]) -> None:
-    found = archives.shard_samples(aside).members
-    if {m.name: _checksum(archives.read(aside, m)) for m in found} != checksums:
+    members = archives.shard_samples(aside).members
+    if {m.name: _checksum(archives.read(aside, m)) for m in members} != checksums:
         raise UserError(f"{file} differs from what was written: its disk is faulty; use another")

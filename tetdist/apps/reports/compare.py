@@ -94,8 +94,8 @@ def compare(runs: Sequence[Run]) -> tuple[bool, str]:
         or which of several are the same.
     """
     if len(runs) == 2:
-        found = [compared(*runs) for compared in (_metrics, _weights)]
-        same, details = all(one for one, _ in found), [text for _, text in found]
+        comparisons = [compared(*runs) for compared in (_metrics, _weights)]
+        same, details = all(one for one, _ in comparisons), [text for _, text in comparisons]
     else:
         same, details = _groups(runs)
     verdict = "The runs are the same." if same else "The runs differ."
@@ -105,8 +105,8 @@ def compare(runs: Sequence[Run]) -> tuple[bool, str]:
 def _groups(runs: Sequence[Run]) -> tuple[bool, list[str]]:
     groups = list[list[Run]]()
     for run in runs:
-        found = (one for one in groups if _metrics(one[0], run)[0] and _weights(one[0], run)[0])
-        if (group := next(found, None)) is None:
+        like_it = (one for one in groups if _metrics(one[0], run)[0] and _weights(one[0], run)[0])
+        if (group := next(like_it, None)) is None:
             groups.append([run])
         else:
             group.append(run)
@@ -177,9 +177,9 @@ def _metrics(a: Run, b: Run) -> tuple[bool, str]:
     differing: list[tuple[float, int, str, str, str]] = []
     has_all = True
     for step, kind in sorted(common):
-        ours, theirs = (_numbers(run.lines[step, kind]) for run in (a, b))
-        for name in ours | theirs:
-            x, y = ours.get(name), theirs.get(name)
+        ours, others = (_numbers(run.lines[step, kind]) for run in (a, b))
+        for name in ours | others:
+            x, y = ours.get(name), others.get(name)
             if x is None or y is None:
                 has_all = False
             elif relative := relative_difference(x, y):
@@ -204,8 +204,8 @@ def _metrics(a: Run, b: Run) -> tuple[bool, str]:
     for run, other in ((a, b), (b, a)):
         if alone := sorted(run.lines.keys() - other.lines.keys()):
             step, kind = alone[0]
-            found = f"{counted(len(alone), 'line')}, the first at step {step} ({kind})"
-            lines.append(f"  only {run.label} has {found}")
+            lines_alone = f"{counted(len(alone), 'line')}, the first at step {step} ({kind})"
+            lines.append(f"  only {run.label} has {lines_alone}")
     return has_all and not differing and a.lines.keys() == b.lines.keys(), "\n".join(lines)
 
 
@@ -232,14 +232,14 @@ def _weights(a: Run, b: Run) -> tuple[bool, str]:
     """
     from tetdist.storage.checkpoint import load_model_file
 
-    found = [_checkpoints(run.folder) for run in (a, b)]
-    step = max(found[0].keys() & found[1].keys(), default=None)
+    saved = [_checkpoints(run.folder) for run in (a, b)]
+    step = max(saved[0].keys() & saved[1].keys(), default=None)
     head = f"Weights of {a.label} and {b.label}"
     if step is None:
         return True, f"{head}: no checkpoint of the same step."
-    ours, theirs = (load_model_file(checkpoints[step])[0] for checkpoints in found)
-    names = ours.keys() | theirs.keys()
-    different = [x for x in names if not _is_identical(ours.get(x), theirs.get(x))]
+    ours, others = (load_model_file(checkpoints[step])[0] for checkpoints in saved)
+    names = ours.keys() | others.keys()
+    different = [x for x in names if not _is_identical(ours.get(x), others.get(x))]
     if not different:
         return True, f"{head} at step {step}: bitwise identical."
     return False, f"{head} at step {step}: {len(different)} of {len(names)} tensors differ."

@@ -25,12 +25,12 @@ logger = logging.getLogger(__name__)
 def observers(watched: Watched) -> Sequence[Callable[[Watched], Observer]]:
     """Return the constructors of the observers that the configuration enables."""
     config = watched.run.config
-    found: list[Callable[[Watched], Observer]] = [Summary, RunPlots]
+    chosen: list[Callable[[Watched], Observer]] = [Summary, RunPlots]
     if config.reference is not None:
-        found.append(PublishedCurve)
+        chosen.append(PublishedCurve)
     if config.profile is not None:
-        found.append(StepProfile)
-    return found
+        chosen.append(StepProfile)
+    return chosen
 
 
 class Summary(Observer):

@@ -130,19 +130,19 @@ def _tinted(below: npt.NDArray[Any], values: npt.NDArray[Any], colour: str) -> I
 @torch.no_grad()
 def _spikes(model: SpikingNetwork, x: Tensor) -> tuple[dict[str, npt.NDArray[Any]], Tensor]:
     """Return means over channels, (T, h, w), of some layers' spikes, and the logits (T, 1, K)."""
-    found: dict[str, npt.NDArray[Any]] = {}
+    rates: dict[str, npt.NDArray[Any]] = {}
 
     def keep(name: str, _module: nn.Module, _inputs: Any, spikes: Tensor) -> None:
         if spikes.ndim == 5 and spikes.shape[-1] > 1:
-            found[name] = spikes[:, 0].float().mean(1).numpy()
+            rates[name] = spikes[:, 0].float().mean(1).numpy()
 
     with ExitStack() as hooks:
         for name, layer in firing_layers(model).items():
             hooks.enter_context(layer.register_forward_hook(partial(keep, name)))
         logits = model(x, per_timestep=True)
-    names = list(found)
+    names = list(rates)
     shown = np.linspace(0, len(names) - 1, min(LAYERS, len(names))).round().astype(int)
-    return {names[i]: found[names[i]] for i in shown}, logits
+    return {names[i]: rates[names[i]] for i in shown}, logits
 
 
 def _activation(model: SpikingNetwork, x: Tensor) -> npt.NDArray[Any] | None:

@@ -139,5 +139,5 @@ def _reason(text: str) -> str:
     said = [line.removeprefix("sbatch: ") for line in lines if line.startswith("sbatch: ")]
     errors = [line.removeprefix("error: ") for line in said]
     reason = "; ".join(errors or lines[-1:])
-    found = [way for word, way in WAYS_OUT.items() if word in reason.lower()]
-    return f"{found[0]} (sbatch: {reason})" if found else reason
+    ways = [way for word, way in WAYS_OUT.items() if word in reason.lower()]
+    return f"{ways[0]} (sbatch: {reason})" if ways else reason

@@ -84,8 +84,8 @@ def submit_parser() -> KeyParser:
         action="store_true",
         help="print plan and batch script; needs no Slurm, writes nothing",
     )
-    given = "with --dry-run: also print the whole configuration"
-    parser.add_argument("--print-config", action="store_true", help=given)
+    text = "with --dry-run: also print the whole configuration"
+    parser.add_argument("--print-config", action="store_true", help=text)
     parser.add_argument(
         "--images",
         type=positive,
@@ -136,17 +136,17 @@ def run(options: argparse.Namespace) -> int:
 
     if options.command == "status":
         return status.show(options.runs)
-    found = status.find(*options.runs)
+    folders = status.find(*options.runs)
     from tetdist.apps.slurm import submit
 
     match options.command:
         case "cancel":
             # From the last run to the first: Slurm itself removes the dependents of a cancelled
             # job, and their histories would not record it.
-            for run_dir in reversed(found):
+            for run_dir in reversed(folders):
                 print(submit.cancel(run_dir))
         case "resume":
-            for run_dir in found:
+            for run_dir in folders:
                 if status.is_finished(run_dir):
                     print(f"{run_dir} is finished: nothing to do")
                     continue

@@ -185,11 +185,11 @@ def write_failure(log: Path, job: str, restart: int, rank: int, text: str) -> No
 
 def first_failure(log: Path, job: str, restart: int) -> str | None:
     """Return the error of the rank that failed first."""
-    found: list[tuple[float, str]] = []
+    failures: list[tuple[float, str]] = []
     for file in log.glob(f"failure-{job}.{restart}-*.txt"):
         moment, _, text = file.read_text().partition("\n")
-        found.append((float(moment), text.rstrip("\n")))
-    return min(found)[1] if found else None
+        failures.append((float(moment), text.rstrip("\n")))
+    return min(failures)[1] if failures else None
 
 
 @contextmanager

@@ -241,8 +241,9 @@ class Start:
         known = isinstance(error, (*MISTAKES, PeerFailed))
         text = f"error: {error}" if known else "".join(traceback.format_exception(error))
         where = f"rank {context.rank} on {os.uname().nodename}:"
-        place = (context.job, context.restart, context.rank)
-        history.write_failure(self.log, *place, f"{where}\n{text}")
+        history.write_failure(
+            self.log, context.job, context.restart, context.rank, f"{where}\n{text}"
+        )
 
     def _show_first_failure(self, known: str | None = None) -> None:
         """Print the first failure to rank 0's log, which users read first, unless it is ``known``

@@ -198,18 +198,18 @@ def _how_to_measure(plan: Plan) -> str:
 
 
 def _cpus(threads: int, given: int | None) -> str:
-    found = "the cluster's default a process, often 1" if given is None else f"{given} a process"
+    cpus = "the cluster's default a process, often 1" if given is None else f"{given} a process"
     if (given or 1) >= threads:
-        return f"{found}, of which data.threads={threads} load samples"
+        return f"{cpus}, of which data.threads={threads} load samples"
     return (
-        f"warning: {found}, but {threads} threads load samples (data.threads); give "
+        f"warning: {cpus}, but {threads} threads load samples (data.threads); give "
         f"--cpus-per-task {threads}"
     )
 
 
 def _loading(plan: Plan, rate: float) -> str:
     """Return what loading takes on a node whose processes train ``rate`` images a second each."""
-    processes, given = plan.cluster.processes_per_node, plan.cluster.cpus_per_task or 1
+    processes, cpus = plan.cluster.processes_per_node, plan.cluster.cpus_per_task or 1
     policy = plan.config.data.auto_augment.partition("-")[0]
     milliseconds, size = LOADING_MS + POLICY_MS.get(policy, 0.0), plan.sample_bytes or LOADING_BYTES
     images = processes * rate
@@ -217,10 +217,10 @@ def _loading(plan: Plan, rate: float) -> str:
     # The line "CPUs" warns of fewer CPUs than threads.
     if (threads := math.ceil(rate * milliseconds / 1000)) > plan.config.data.threads:
         warning, advice = "warning: ", f"; give data.threads={threads}"
-        advice += f" and --cpus-per-task {threads}" if threads > given else ""
+        advice += f" and --cpus-per-task {threads}" if threads > cpus else ""
     return (
         f"loading      {warning}{images * milliseconds / 1000:.1f} cores a node, of "
-        f"{processes * given} ({given} a process), for {images:,.0f} images/s at "
+        f"{processes * cpus} ({cpus} a process), for {images:,.0f} images/s at "
         f"{milliseconds:.3g} ms each; {_size(images * size)}/s at {_size(size)} each{advice}"
     )
 

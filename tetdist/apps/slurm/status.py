@@ -38,10 +38,10 @@ def show(names: Sequence[str], *, as_json: bool = False) -> int:
     else:
         print(run_status.as_table(statuses))
     sys.stdout.flush()
-    found = [status.text for status in statuses if status.state == run_status.DAMAGED]
-    for text in found:
+    damaged = [status.text for status in statuses if status.state == run_status.DAMAGED]
+    for text in damaged:
         print(f"error: {without_passwords(text)}", file=sys.stderr)
-    return 2 if found else 0
+    return 2 if damaged else 0
 
 
 def read(folders: Sequence[Path]) -> list[RunStatus]:
@@ -49,12 +49,16 @@ def read(folders: Sequence[Path]) -> list[RunStatus]:
 
     Slurm is asked before the folders are read, because a run may end in between.
     """
-    found = {run: one for run in folders if (one := history.newest_submission(run)) is not None}
-    asked = [one for run, one in found.items() if not is_finished(run)]
+    submissions = {
+        run: submission
+        for run in folders
+        if (submission := history.newest_submission(run)) is not None
+    }
+    asked = [submission for run, submission in submissions.items() if not is_finished(run)]
     states = jobs.states_of(asked)
 
     def status_of(run: Path) -> RunStatus:
-        submission = found.get(run)
+        submission = submissions.get(run)
         if submission is None:
             return run_status.read_status(run)
         state = states.get(submission.job) or jobs.by_the_run(submission)

@@ -89,8 +89,8 @@ def result_of(run: StudyRun) -> Result | None:
     """Return the result of a run; None until it is finished and evaluated."""
     if not is_trained(run):
         return None
-    found = evaluation(run)
-    if found is None:
+    values = evaluation(run)
+    if values is None:
         return None
     validations = lines(run, "val")
     evaluated = lines(run, "val_ema") if run.section.average else validations
@@ -100,16 +100,16 @@ def result_of(run: StudyRun) -> Result | None:
         entry=run.entry,
         seed=run.seed,
         timesteps=run.timesteps,
-        top1=found["top1"],
-        by_timestep=list(found["per_timestep_top1"]),
-        loss=found["loss"],
-        chosen_exit=found.get("chosen_exit"),
+        top1=values["top1"],
+        by_timestep=list(values["per_timestep_top1"]),
+        loss=values["loss"],
+        chosen_exit=values.get("chosen_exit"),
         early_exit=[
             (point["threshold"], point["top1"], point["mean_timesteps"])
-            for point in (found["early_exit"] if "chosen_exit" in found else ())
+            for point in (values["early_exit"] if "chosen_exit" in values else ())
         ],
-        samples=found["samples"],
-        data_split=found.get("data_split"),
+        samples=values["samples"],
+        data_split=values.get("data_split"),
         curve=[(line["epoch"], line["loss"], line["top1"]) for line in evaluated],
         image_timesteps=image_timesteps,
         seconds=seconds,
@@ -135,11 +135,11 @@ def spent(run: StudyRun) -> tuple[int, float]:
 def environment(run: StudyRun) -> dict[str, Any]:
     """Return machine, versions and commit of a run, as far as its folder records them."""
     try:
-        found = parse_json((run.folder / "environment.json").read_text())
+        recorded = parse_json((run.folder / "environment.json").read_text())
     except (OSError, ValueError):
-        found = {}
-    git = found.get("git") or {}
-    kept = {key: found.get(key) for key in ("python", "packages", "cpu", "usable_cores", "gpus")}
+        recorded = {}
+    git = recorded.get("git") or {}
+    kept = {key: recorded.get(key) for key in ("python", "packages", "cpu", "usable_cores", "gpus")}
     return kept | {"commit": git.get("commit"), "dirty": git.get("dirty")}
 
 
@@ -211,8 +211,8 @@ class Numbers:
     def pairs(self, entry: str, control: str | None = None) -> list[tuple[Result, Result]]:
         """Return results of equal seed, of an entry and another, by default its control."""
         other = control or self.study.entries[entry].control
-        ours, theirs = self.results[entry], self.results[other] if other else {}
-        return [(result, theirs[seed]) for seed, result in ours.items() if seed in theirs]
+        ours, others = self.results[entry], self.results[other] if other else {}
+        return [(result, others[seed]) for seed, result in ours.items() if seed in others]
 
     def difference(self, entry: str, value: Value, control: str | None = None) -> Difference:
         """Return the difference in a value of each of the `pairs`; without any, its n is 0."""
@@ -317,8 +317,8 @@ def gather(
             missing.append(f"{run.name} failed" if run.name in failed else run.name)
             continue
         results[run.entry][run.seed] = result
-        if (one := environment(run)) not in environments:
-            environments.append(one)
+        if (environment_of_run := environment(run)) not in environments:
+            environments.append(environment_of_run)
     configs = {run.entry: run.config for run in runs if results[run.entry]}
     return Numbers(study, results, missing, differing(configs), environments, command)
 

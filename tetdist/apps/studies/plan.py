@@ -370,8 +370,8 @@ def is_trained(run: StudyRun) -> bool:
 def lines(run: StudyRun, kind: str) -> list[dict[str, Any]]:
     """Return the run's metrics of one kind; empty before it begins."""
     file = run.folder / "metrics.jsonl"
-    found = metrics_file.read_metrics(file) if file.exists() else []
-    return [line for line in found if line["kind"] == kind]
+    metrics = metrics_file.read_metrics(file) if file.exists() else []
+    return [line for line in metrics if line["kind"] == kind]
 
 
 def evaluation(run: StudyRun) -> dict[str, Any] | None:

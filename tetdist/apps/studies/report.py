@@ -83,20 +83,20 @@ def summary(numbers: Numbers) -> str:
 
 def _entries(numbers: Numbers) -> list[list[str]]:
     """Return the table of entries: accuracy, difference to the control with its test, cost."""
-    found = {entry: numbers.difference(entry, last) for entry in numbers.compared}
-    corrected = dict(zip(found, holm([one.p for one in found.values()]), strict=True))
+    differences = {entry: numbers.difference(entry, last) for entry in numbers.compared}
+    corrected = dict(zip(differences, holm([x.p for x in differences.values()]), strict=True))
     rows = []
     for entry in numbers.entries:
         image_timesteps, seconds = numbers.cost(entry)
         row = [f"`{entry}`", str(numbers.of(entry)[0].timesteps), str(len(numbers.of(entry)))]
         row += [str(numbers.spread(entry, last)), f"{image_timesteps / 1e6:.3g}", f"{seconds:.0f}"]
-        if (one := found.get(entry)) is not None:
-            fewer = "" if one.n == len(numbers.of(entry)) else f" (n = {one.n})"
-            row += [f"`{numbers.compared[entry]}`", f"{one}{fewer}", _number(detectable(one))]
-            row += [_number(p, ".2g") for p in (one.p, corrected[entry])]
-            row += [verdict(one, corrected[entry])]
+        if (paired := differences.get(entry)) is not None:
+            fewer = "" if paired.n == len(numbers.of(entry)) else f" (n = {paired.n})"
+            row += [f"`{numbers.compared[entry]}`", f"{paired}{fewer}", _number(detectable(paired))]
+            row += [_number(p, ".2g") for p in (paired.p, corrected[entry])]
+            row += [verdict(paired, corrected[entry])]
         rows.append([*row, *[""] * (len(HEAD) - len(row))])
-    width = len(HEAD) if found else HEAD.index("minus")
+    width = len(HEAD) if differences else HEAD.index("minus")
     return [row[:width] for row in (HEAD, *rows)]
 
 

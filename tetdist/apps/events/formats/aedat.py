@@ -86,7 +86,7 @@ def _camera(header: list[str]) -> Sensor | None:
 
 def _decode_3(contents: Contents, sensor: Sensor) -> Events:
     start, dropped = contents.position, 0
-    found = [np.empty((0, 2), np.int64)]  # the words and times of each packet's valid events
+    packets = [np.empty((0, 2), np.int64)]  # the words and times of each packet's valid events
     while not contents.ended():
         fields = _PACKET.unpack(contents.peek(_PACKET.size, "packet"))
         kind, _, size, _, overflow, capacity, number, num_valid = fields
@@ -106,9 +106,9 @@ def _decode_3(contents: Contents, sensor: Sensor) -> Events:
                 f" {len(valid)} are"
             )
         valid[:, 1] += overflow << 31
-        found.append(valid)
+        packets.append(valid)
         dropped += number - len(valid)
-    word, t = np.concatenate(found).T
+    word, t = np.concatenate(packets).T
     return Events(word >> 17, (word >> 2) & 0x7FFF, t, (word >> 1) & 1, sensor, dropped)
 
 

@@ -76,14 +76,14 @@ def decode_aedat4(contents: Contents, sensor: Sensor | None) -> Events:
 
 def _streams(info: str) -> dict[int, Sensor | None]:
     """Return the numbers of the streams, and for those of events the size of the sensor."""
-    found: dict[int, Sensor | None] = {}
+    sensors: dict[int, Sensor | None] = {}
     for node in ET.fromstring(info).iterfind("./node[@name='outInfo']/node"):
         attributes = {attr.get("key"): attr.text or "" for attr in node.iter("attr")}
         size = None
         if attributes.get("typeIdentifier") == "EVTS":
             size = Sensor.stated(attributes.get("sizeX"), attributes.get("sizeY"))
-        found[int(node.get("name", ""))] = size
-    return found
+        sensors[int(node.get("name", ""))] = size
+    return sensors
 
 
 def _check_table(data: bytes, compression: int, packets: "array[int]", events: int) -> None:

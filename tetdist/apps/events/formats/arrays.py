@@ -25,14 +25,14 @@ def decode_hdf5(contents: Contents, sensor: Sensor | None) -> Events:
     import h5py
 
     with h5py.File(io.BytesIO(data), "r") as file:
-        found = file.get("events", file)
-        size = {**file.attrs, **found.attrs}
-        if isinstance(found, h5py.Dataset):
+        events = file.get("events", file)
+        size = {**file.attrs, **events.attrs}
+        if isinstance(events, h5py.Dataset):
             table = _own_values(file, "events")
             arrays = {name: table[name] for name in table.dtype.names or ()}
         else:
-            of = {name: _own_values(found, name) for name in _FIELDS if name in found}
-            arrays = dict.fromkeys(found) | of  # the others for messages
+            of = {name: _own_values(events, name) for name in _FIELDS if name in events}
+            arrays = dict.fromkeys(events) | of  # the others for messages
     return _from_arrays(arrays, size, sensor)
 
 

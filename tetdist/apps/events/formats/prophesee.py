@@ -63,8 +63,8 @@ def decode_raw(contents: Contents, sensor: Sensor | None) -> Events:
         return _decode_evt2(contents, _sensor(header, sensor))
     if versions == {"3"}:
         return _decode_evt3(contents, _sensor(header, sensor))
-    found = " and ".join(f"EVT {version}" for version in sorted(versions)) or "no EVT version"
-    raise BadRecording(f"its header has {found}; EVT 2.0 and EVT 3.0 are supported")
+    formats = " and ".join(f"EVT {version}" for version in sorted(versions)) or "no EVT version"
+    raise BadRecording(f"its header has {formats}; EVT 2.0 and EVT 3.0 are supported")
 
 
 def _header(contents: Contents) -> list[str]:
