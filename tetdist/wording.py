@@ -1,7 +1,7 @@
 """Numbers with units in plain English ("2 images", "2 h 44 min"), and what a word may mean."""
 
 import difflib
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 
 
@@ -55,11 +55,16 @@ def and_more(names: Sequence[object], shown: int = 1) -> str:
     return f" and {len(names) - shown:,} more" if len(names) > shown else ""
 
 
+def nearest(word: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
+    """Return the known word that is most like a word; None if none is."""
+    return next(iter(difflib.get_close_matches(word, known, 1, cutoff)), None)
+
+
 def meant(word: str, known: Collection[str], otherwise: str | None = None) -> str:
     """Return "did you mean X?" for the nearest known word; without one ``otherwise``, or all."""
     names = {name.lower(): name for name in known}
-    if close := difflib.get_close_matches(word.lower(), names, n=1):
-        return f"did you mean {names[close[0]]}?"
+    if (near := nearest(word.lower(), names)) is not None:
+        return f"did you mean {names[near]}?"
     return f"there are {', '.join(known) or 'none'}" if otherwise is None else otherwise
 
 
@@ -69,5 +74,5 @@ def meant_path(path: Path, otherwise: str, pattern: str = "*") -> str:
         unpack = "unpack it, or " * path.name.endswith((".gz", ".tar", ".tgz", ".zip"))
         return f"this is a file; {unpack}give a folder"
     siblings = [] if path.exists() else [one.name for one in path.parent.glob(pattern)]
-    close = difflib.get_close_matches(path.name, siblings, n=1)
-    return f"did you mean {path.with_name(close[0])}?" if close else otherwise
+    near = nearest(path.name, siblings)
+    return otherwise if near is None else f"did you mean {path.with_name(near)}?"

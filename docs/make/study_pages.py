@@ -33,7 +33,7 @@ from tetdist.apps.reports import style
 from tetdist.apps.studies import numbers as of_study
 from tetdist.apps.studies import report
 from tetdist.apps.studies.numbers import CONFIDENCE, Difference, Numbers, detectable, holm
-from tetdist.config.identity import flatten
+from tetdist.config.overrides import flatten
 from tetdist.storage.files import parse_json, write_json, write_text
 from tetdist.tables import markdown
 from tetdist.tracking.metrics_file import restored, strict

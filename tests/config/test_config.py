@@ -14,9 +14,9 @@ import yaml
 from tetdist.apps.cli import train
 from tetdist.config import loading as configuration
 from tetdist.config.documentation import documented_keys
-from tetdist.config.identity import OPERATIONAL_KEYS, differences, flatten
+from tetdist.config.identity import OPERATIONAL_KEYS, differences
 from tetdist.config.loading import load, parse
-from tetdist.config.overrides import joined
+from tetdist.config.overrides import flatten, joined
 from tetdist.config.schema import RunConfig
 from tetdist.config.yaml_files import read_yaml
 from tetdist.errors import UserError

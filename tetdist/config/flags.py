@@ -4,12 +4,11 @@ A value above such a limit is a typing error that would fill the memory or end t
 """
 
 import argparse
-import difflib
 import re
 from collections.abc import Iterable
 from typing import Any, NoReturn
 
-from tetdist.wording import meant
+from tetdist.wording import meant, nearest
 
 MOST_TIMESTEPS = 10_000
 MOST_PIXELS = 8192  # height or width
@@ -49,9 +48,9 @@ class Parser(argparse.ArgumentParser):
         options = [option for parser in parsers for option in parser._option_string_actions]
         words = [option[2:] for option in options if option.startswith("--")]
         word = flag.lstrip("-")
-        near = [one for one in words if one.startswith(word)]
-        near = near or difflib.get_close_matches(word, words, n=1)
-        return f"did you mean --{near[0]}?" if near else ""
+        begun = (known for known in words if known.startswith(word))
+        near = next(begun, None) or nearest(word, words)
+        return f"did you mean --{near}?" if near else ""
 
 
 def add_import(parser: argparse.ArgumentParser) -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from tetdist.config.fields import TIMM
+from tetdist.config.overrides import flatten
 from tetdist.config.schema import RunConfig
 from tetdist.storage.hub import NAMED
 
@@ -62,20 +63,6 @@ def without_machine(config: dict[str, Any]) -> dict[str, Any]:
     data = {key: v for key, v in config["data"].items() if f"data.{key}" not in _OF_THE_MACHINE}
     kept = {key: value for key, value in config.items() if key not in _OF_THE_MACHINE}
     return kept | {"data": data}
-
-
-def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Flatten nested dictionaries and lists into one dictionary of dotted keys."""
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        dotted = f"{prefix}{key}"
-        if isinstance(value, dict) and value:
-            flat |= flatten(value, f"{dotted}.")
-        elif isinstance(value, list) and value and isinstance(value[0], dict):
-            flat |= flatten({str(i): item for i, item in enumerate(value)}, f"{dotted}.")
-        else:
-            flat[dotted] = value
-    return flat
 
 
 def of_all_hosts(config: RunConfig) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from typing import Any
 
 import yaml
 
+from tetdist.config.overrides import flatten
 from tetdist.config.yaml_files import read_yaml
 from tetdist.errors import UserError
 
@@ -36,7 +37,7 @@ def read_layers(
     if imports := [str((path.parent / one).absolute()) for one in imports_of(values, path)]:
         values["imports"] = imports
     if base is None:
-        return values, dict.fromkeys(_leaves(values), str(path))
+        return values, dict.fromkeys(flatten(values, items=True), str(path))
     if not isinstance(base, str):
         raise UserError(f"{path}: 'base' must be the name of a configuration, not {base!r}")
     found = find(base, path.parent, f"{path}: base: ")
@@ -46,9 +47,9 @@ def read_layers(
     # Imports of both are kept: the base's values need the base's files.
     if imports:
         values["imports"] = [*imports_of(inherited, path), *imports]
-    origins = from_where | dict.fromkeys(_leaves(values), str(path))
+    origins = from_where | dict.fromkeys(flatten(values, items=True), str(path))
     joined = over(inherited, values, str(path))
-    return joined, {key: origins[key] for key in _leaves(joined) if key in origins}
+    return joined, {key: origins[key] for key in flatten(joined, items=True) if key in origins}
 
 
 def imports_of(raw: dict[str, Any], source: Path | str) -> list[str]:
@@ -89,23 +90,6 @@ def _items_over(base: list[Any], own: dict[str, Any], source: str, place: str) -
     return items
 
 
-def _leaves(value: Any, place: str = "") -> dict[str, Any]:
-    """Return values by dotted key, with a list's items numbered from 0."""
-    match value:
-        case dict():
-            inside = value.items()
-        case list():
-            inside = {str(i): item for i, item in enumerate(value)}.items()
-        case _:
-            return {place: value}
-    if not inside:
-        return {place: value}
-    found: dict[str, Any] = {}
-    for key, item in inside:
-        found |= _leaves(item, f"{place}.{key}".lstrip("."))
-    return found
-
-
 def overridden(origins: Mapping[str, str], values: dict[str, Any], key: str) -> dict[str, str]:
     """Update origins after an override has set a key, or a section, of ``values``."""
 
@@ -113,7 +97,7 @@ def overridden(origins: Mapping[str, str], values: dict[str, Any], key: str) -> 
         return one == key or one.startswith(f"{key}.")
 
     kept = {one: source for one, source in origins.items() if not is_inside(one)}
-    return kept | {one: COMMAND_LINE for one in _leaves(values) if is_inside(one)}
+    return kept | {one: COMMAND_LINE for one in flatten(values, items=True) if is_inside(one)}
 
 
 def annotated(text: str, origins: Mapping[str, str]) -> str:

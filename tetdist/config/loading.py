@@ -1,6 +1,5 @@
 """Loading of a checked `RunConfig` from a YAML file, its bases, and ``key=value`` overrides."""
 
-import difflib
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -23,6 +22,7 @@ from tetdist.nn import neurons
 from tetdist.nn.neurons import NEURONS
 from tetdist.plugins import import_files
 from tetdist.storage.bundled import TETDIST
+from tetdist.wording import nearest
 
 # MLflow's variable, the default of tracking.uri.
 TRACKING_VARIABLE = "MLFLOW_TRACKING_URI"
@@ -141,8 +141,8 @@ def find(name: str, folder: Path = Path(), source: str = "") -> Path:
             return path
     known = {path.stem: path.stem for path in CONFIGS_DIR.glob("*.yaml")}
     known |= {path.stem: str(path) for path in (folder / name).parent.glob("*.yaml")}
-    close = difflib.get_close_matches(Path(name.removeprefix(TETDIST)).stem, known, n=1)
-    hint = f"did you mean {known[close[0]]}?" if close else f"`{typed('list')}` lists those"
+    near = nearest(Path(name.removeprefix(TETDIST)).stem, known)
+    hint = f"did you mean {known[near]}?" if near else f"`{typed('list')}` lists those"
     if (folder / name / "config.yaml").is_file():
         hint = f"did you mean {name}/config.yaml?"
     raise UserError(f"{source}no configuration {name!r}, neither as a file nor in configs/; {hint}")

@@ -1,6 +1,5 @@
 """Validation of keys and values, and error messages for mistakes in them."""
 
-import difflib
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,6 +9,7 @@ from typing import Any, TypeVar
 import pydantic
 from pydantic import BaseModel
 
+from tetdist import wording
 from tetdist.config.documentation import documented_keys, keys_of, section_at
 from tetdist.config.fields import Section
 from tetdist.config.overrides import key_of
@@ -204,17 +204,18 @@ def nearest(root: type[BaseModel], location: Sequence[str]) -> str:
     # The right word at a wrong place, or else a misspelt word.
     found = (_place_of(last, key) for key in keys)
     elsewhere = list(dict.fromkeys(filter(None, found)))
-    alike = difflib.get_close_matches(".".join([*place, last]), elsewhere, n=1, cutoff=0.8)
-    elsewhere = [key for key in elsewhere if key.split(".")[0] in place] or alike or elsewhere
+    in_place = [key for key in elsewhere if key.split(".")[0] in place]
+    alike = filter(None, [wording.nearest(".".join([*place, last]), elsewhere, 0.8)])
+    elsewhere = in_place or [*alike] or elsewhere
     if elsewhere:
         return f"did you mean {' or '.join(map(repr, elsewhere[:3]))}?"
     far = [] if place and section else [key.rpartition(".")[2] for key in keys]
     begun = [key for key in known if key.startswith(last)]
-    near = (difflib.get_close_matches(last, words, 1, 0.7) for words in (known, far))
-    if close := begun or next(filter(None, near), []):
-        if close[0] not in known:
-            return nearest(root, [*place, close[0]])
-        return f"did you mean {'.'.join([*place, close[0]])!r}?"
+    near = (wording.nearest(last, words, 0.7) for words in (known, far))
+    if close := next(filter(None, [*begun, *near]), None):
+        if close not in known:
+            return nearest(root, [*place, close])
+        return f"did you mean {'.'.join([*place, close])!r}?"
     own = f"did you mean {'.'.join([*place, 'arguments', last])}? " if "arguments" in known else ""
     return f"{own}known keys: {', '.join(known)}"
 

@@ -43,6 +43,23 @@ def _replaces(key: str, other: str) -> bool:
     return key == other or other.startswith(f"{key}.")
 
 
+def flatten(values: dict[str, Any], prefix: str = "", *, items: bool = False) -> dict[str, Any]:
+    """Flatten nested dictionaries into one of dotted keys, and lists with items numbered from 0.
+
+    Args:
+        items: Flatten all lists; otherwise only lists of dictionaries.
+    """
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, list) and value and (items or isinstance(value[0], dict)):
+            value = {str(number): item for number, item in enumerate(value)}
+        if isinstance(value, dict) and value:
+            flat |= flatten(value, f"{prefix}{key}.", items=items)
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
 def apply_override(raw: dict[str, Any], override: str) -> None:
     """Set one ``dotted.key=value`` in nested dictionaries."""
     key = key_of(override)

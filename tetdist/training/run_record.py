@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from tetdist.config.flags import import_flags
-from tetdist.config.identity import flatten
+from tetdist.config.overrides import flatten
 from tetdist.distributed.signals import StopRequest
 from tetdist.errors import Stopped, UserError, typed
 from tetdist.plugins import without_losses

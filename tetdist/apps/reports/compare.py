@@ -70,7 +70,8 @@ def has_metrics(folder: Path) -> bool:
 
 def _read(label: str, folder: Path) -> Run:
     config = folder / "config.yaml"
-    from tetdist.config import identity, loading
+    from tetdist.config import loading
+    from tetdist.config.overrides import flatten
     from tetdist.config.yaml_files import read_yaml
 
     lines = {(line["step"], line["kind"]): line for line in each_line(folder / "metrics.jsonl")}
@@ -83,7 +84,7 @@ def _read(label: str, folder: Path) -> Run:
         # A range of T is one value, not three keys.
         for values, phase in zip(configuration["phases"], parsed.phases, strict=True):
             values["timesteps"] = phase.timesteps_as_text
-    return Run(label, folder, lines, identity.flatten(configuration))
+    return Run(label, folder, lines, flatten(configuration))
 
 
 def compare(runs: Sequence[Run]) -> tuple[bool, str]:

@@ -7,6 +7,7 @@ import time
 from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -105,9 +106,8 @@ def assumed_indexes(config: RunConfig, images: int) -> tuple[Index, Index]:
 
 def _check_inputs(config: RunConfig) -> None:
     has_begun = history.saved_step(config.run_dir) > 0
-    values = identity.flatten(config.as_dict())
     for key in identity.PATH_KEYS:
-        path = values.get(key)
+        path = attrgetter(key)(config)
         if path is None or path.startswith(fields.TIMM) or (has_begun and key == "init_checkpoint"):
             continue
         if path.startswith(hub.NAMED):

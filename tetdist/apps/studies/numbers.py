@@ -18,7 +18,7 @@ from tetdist.apps.studies.plan import (
     is_trained,
     lines,
 )
-from tetdist.config.identity import flatten
+from tetdist.config.overrides import flatten
 from tetdist.config.schema import RunConfig
 from tetdist.storage.files import parse_json
 from tetdist.training import schedule

@@ -15,7 +15,7 @@ from tetdist.config.fields import Section, Timesteps
 from tetdist.config.flags import import_flags
 from tetdist.config.loading import CONFIGS_DIR
 from tetdist.config.messages import checked
-from tetdist.config.overrides import apply_override, joined
+from tetdist.config.overrides import apply_override, flatten, joined
 from tetdist.config.schema import RunConfig
 from tetdist.config.yaml_files import read_yaml
 from tetdist.datasets.index import check_indexed
@@ -312,7 +312,7 @@ def _refuse_own_keys(given: list[str], own_keys: dict[str, str]) -> None:
     nested: dict[str, Any] = {}
     for override in given:
         apply_override(nested, override)
-    for key in identity.flatten(nested):
+    for key in flatten(nested):
         if key in own_keys:
             raise UserError(f"overrides: the study itself sets {key}; {own_keys[key]}")
 
