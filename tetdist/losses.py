@@ -170,9 +170,9 @@ def tet_of_means_loss(
     with TET and SDT. An early output is part of more means, so it gets more; a later output only
     has to correct the sum of those before it.
 
-    DT-SNN (arXiv 2305.17346) decides by this mean, too. We recall its loss as the cross-entropy
-    here, but did not check that. Its code, which is SEENN's (2304.01230, 7c07ca8), trains with TET;
-    its ``mix_loss``, never called, takes sums instead of means, and its term t lacks output t.
+    DT-SNN (arXiv 2305.17346) decides by this mean, too. Its code, which is SEENN's (2304.01230,
+    7c07ca8), trains with TET; its ``mix_loss``, never called, takes sums instead of means, and its
+    term t lacks output t.
 
     The arguments are those of `tet_loss`; the regulariser pulls each output to phi, not the means.
     """

@@ -100,6 +100,7 @@ MISTAKEN = {
     "phases.0.optimizer.arguments={eps: 1}": "kind=sgd takes none; set them to {}, or kind=timm",
     "model.arguments.chanels=[4]": "no such argument; did you mean channels?",
     "model.arguments.num_classes=3": "model.arguments.num_classes=3: set model.num_classes instead",
+    "model.arguments.in_chans=1": "model.arguments.in_chans=1: the data give it, 3 for images and",
     "model.arguments.timesteps=3": "model.arguments.timesteps=3: set phases.N.timesteps instead",
     "phases.0.optimizer={kind: timm:lamb, lr: 1, arguments: {betas: [0, 0]}}": (
         "phases.0.optimizer.arguments.betas: set phases.N.optimizer.betas instead"

@@ -220,6 +220,13 @@ def test_timms_arguments_are_heeded_or_refused(name):
     assert first_convolution(model).in_channels == model.in_chans == 5
 
 
+def test_a_configuration_may_set_what_it_can_name():
+    """All but what it sets elsewhere, and classes."""
+    own = models.arguments_of("sew_resnet18")
+    assert own == ["layers", "connect_function", "width", "drop_rate", "drop_path_rate"]
+    assert len(timm.create_model("sew_resnet18", device="meta", layers=[1, 2, 1]).blocks) == 4
+
+
 @pytest.mark.parametrize("name", SMALL)
 def test_features_and_head_make_up_the_network(name):
     model, x = create(name).eval(), inputs_for(name)

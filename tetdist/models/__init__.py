@@ -48,8 +48,13 @@ __all__ = [
     "SpikingResNet",
 ]
 
-# Arguments that have their own configuration key or belong to the registered variant.
-_FIXED = ("self", "block", "layers", "neuron", "num_classes", "timesteps", "in_chans")
+# Arguments that a configuration sets elsewhere, and where.
+SET_ELSEWHERE = {
+    "neuron": "set model.neuron instead",
+    "num_classes": "set model.num_classes instead",
+    "timesteps": "set phases.N.timesteps instead",
+    "in_chans": "the data give it, 3 for images and 2 for events; remove it",
+}
 
 
 def names() -> list[str]:
@@ -64,16 +69,22 @@ def names() -> list[str]:
 
 def class_of(name: str) -> type[nn.Module] | None:
     """Return the class of a registered model, by its function's return annotation, or None."""
-    found = typing.get_type_hints(timm.model_entrypoint(name)).get("return")
-    return found if isinstance(found, type) and issubclass(found, nn.Module) else None
+    cls = typing.get_type_hints(timm.model_entrypoint(name)).get("return")
+    return cls if isinstance(cls, type) and issubclass(cls, nn.Module) else None
 
 
 def arguments_of(name: str) -> list[str] | None:
-    """Return a registered model's arguments besides classes, T and neuron; None: unknown."""
-    parameters = inspect.signature(class_of(name) or timm.model_entrypoint(name)).parameters
-    if any(one.kind is inspect.Parameter.VAR_KEYWORD for one in parameters.values()):
+    """Return a registered model's arguments besides `SET_ELSEWHERE`; None: unknown."""
+    signature = inspect.signature(class_of(name) or timm.model_entrypoint(name))
+    parameters = signature.parameters.values()
+    if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters):
         return None
-    return [parameter for parameter in parameters if parameter not in _FIXED]
+    return [
+        parameter.name
+        for parameter in parameters
+        # A configuration cannot name a class.
+        if parameter.name not in SET_ELSEWHERE and "type[" not in str(parameter.annotation)
+    ]
 
 
 def default_timesteps(name: str) -> int:

@@ -107,9 +107,8 @@ class ModelSection(Section):
 
         allowed = models.arguments_of(self.name)
         for key in self.arguments:
-            if key in ("num_classes", "neuron", "timesteps"):
-                own = "phases.N.timesteps" if key == "timesteps" else f"model.{key}"
-                raise WrongValue(f"arguments.{key}", f"set {own} instead")
+            if key in models.SET_ELSEWHERE:
+                raise WrongValue(f"arguments.{key}", models.SET_ELSEWHERE[key])
             if allowed is not None and key not in allowed:
                 hint = f"{meant(key, allowed)} (model.arguments={{}} drops a recipe's)"
                 raise WrongValue(f"arguments.{key}", f"{self.name} has no such argument; {hint}")
