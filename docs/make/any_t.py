@@ -46,8 +46,8 @@ def recomputed(study: str) -> dict[str, Any]:
 
 def trained_at(entry: str) -> int | None:
     """Return the T that an entry's name has: that of its training. The others serve every T."""
-    found = re.search(r"(?:^|_)t(\d+)$", entry)
-    return int(found[1]) if found else None
+    number = re.search(r"(?:^|_)t(\d+)$", entry)
+    return int(number[1]) if number else None
 
 
 def numbers_of(study: str) -> dict[str, Any]:
@@ -71,24 +71,24 @@ def numbers_of(study: str) -> dict[str, Any]:
 
 def differences(entries: dict[str, Any], compared: tuple[int, ...]) -> list[dict[str, Any]]:
     """Return networks of drawn T, and of the largest T, minus those trained at a T, at that T."""
-    found = []
+    changes = []
     for entry, one in entries.items():
         loss, trained = entry.partition("_")[0], trained_at(entry)
         for t in compared if trained in (None, max(compared)) else ():
             own = "t1" if t == 1 else f"{loss}_t{t}"
             if own in entries and t != trained:
                 pair = (one["top1"][t], entries[own]["top1"][t])
-                found.append({"entry": entry, "t": t} | vars(paired_difference(*pair)))
-    return found
+                changes.append({"entry": entry, "t": t} | vars(paired_difference(*pair)))
+    return changes
 
 
 def difference(one: dict[str, Any]) -> Difference:
     return Difference(**{key: one[key] for key in ("n", "mean", "low", "high", "p")})
 
 
-def own_table(found: dict[str, Any]) -> str:
+def own_table(studies: dict[str, Any]) -> str:
     rows = []
-    for values in found.values():
+    for values in studies.values():
         for one in values["minus_own"]:
             row = [values["data"], f"`{one['entry']}`", str(one["t"]), str(difference(one))]
             row += [f"{detectable(difference(one)):.2f}"]
@@ -97,10 +97,10 @@ def own_table(found: dict[str, Any]) -> str:
     return markdown(head, rows, numbers=True)
 
 
-def accuracy_table(found: dict[str, Any]) -> str:
+def accuracy_table(studies: dict[str, Any]) -> str:
     head = ["data, training", "image-timesteps, millions", "s", "T=1", "T=2", "T=4", "T=10"]
     rows = []
-    for values in found.values():
+    for values in studies.values():
         for entry, one in values["entries"].items():
             cells = {t: str(spread(top1)) for t, top1 in one["top1"].items()}
             row = [f"{values['data']}, `{entry}`", f"{one['image_timesteps'] / 1e6:.3f}"]
@@ -110,9 +110,9 @@ def accuracy_table(found: dict[str, Any]) -> str:
     return markdown([*head, "early exit: top-1 at mean T"], rows, numbers=True)
 
 
-def recomputed_table(found: dict[str, Any]) -> str:
+def recomputed_table(studies: dict[str, Any]) -> str:
     rows = []
-    for values in found.values():
+    for values in studies.values():
         for entry, one in ((k, v) for k, v in values["entries"].items() if v["recomputed"]):
             changes = {
                 int(t): str(paired_difference(after, one["top1"][int(t)]))
@@ -124,9 +124,9 @@ def recomputed_table(found: dict[str, Any]) -> str:
     return markdown(["data, training", "T=1", "T=2", "T=4", "T=10"], rows, numbers=True)
 
 
-def draw(found: dict[str, Any]) -> Any:
+def draw(studies: dict[str, Any]) -> Any:
     figure = style.new_figure(14, 4.8)
-    for axis, (study, values) in zip(figure.subplots(1, 3), found.items(), strict=True):
+    for axis, (study, values) in zip(figure.subplots(1, 3), studies.items(), strict=True):
         entries, most = values["entries"], max(STUDIES[study][1])
         shown = {
             f"tet_t{most}": "TET",
@@ -136,9 +136,9 @@ def draw(found: dict[str, Any]) -> Any:
             "tet_of_means": "TET of means",
         }
         for colour, (entry, label) in zip(style.SERIES, shown.items(), strict=False):
-            one = entries[entry]
-            axis.plot(*np.transpose(one["exit_curve"]), "o-", ms=3.5, color=colour, label=label)
-            chosen = mean(one["exit_timesteps"]), mean(one["exit_top1"])
+            result = entries[entry]
+            axis.plot(*np.transpose(result["exit_curve"]), "o-", ms=3.5, color=colour, label=label)
+            chosen = mean(result["exit_timesteps"]), mean(result["exit_top1"])
             axis.plot(*chosen, "D", ms=9, color=colour)
         for entry, one in entries.items():
             t = trained_at(entry)
@@ -151,8 +151,8 @@ def draw(found: dict[str, Any]) -> Any:
     return figure
 
 
-def answer_of(found: dict[str, Any]) -> str:
-    all_of = [one for values in found.values() for one in values["minus_own"]]
+def answer_of(studies: dict[str, Any]) -> str:
+    all_of = [one for values in studies.values() for one in values["minus_own"]]
     changed, at_1 = {}, {}
     for loss in ("tet", "sdt"):
         of_loss = [one for one in all_of if one["entry"].startswith(loss)]
@@ -163,13 +163,13 @@ def answer_of(found: dict[str, Any]) -> str:
         changed[loss] = f"{better} of {len(of_loss)} are better and {worse} worse"
         not_drawn = [one for one in of_loss if one["t"] == 1 and trained_at(one["entry"])]
         at_1[loss] = ", ".join(str(difference(one)) for one in not_drawn)
-    data = ", ".join(values["data"] for values in found.values())
+    data = ", ".join(values["data"] for values in studies.values())
     drawn, costs = [], []
-    for study, values in found.items():
+    for study, values in studies.items():
         most = max(STUDIES[study][1])
-        ours, theirs = (values["entries"][f"tet_{one}{most}"] for one in ("1_to_", "t"))
-        drawn.append(str(paired_difference(ours["top1"][most], theirs["top1"][most])))
-        costs.append(100 * ours["image_timesteps"] / theirs["image_timesteps"])
+        own, largest = (values["entries"][f"tet_{kind}{most}"] for kind in ("1_to_", "t"))
+        drawn.append(str(paired_difference(own["top1"][most], largest["top1"][most])))
+        costs.append(100 * own["image_timesteps"] / largest["image_timesteps"])
     return (
         "One training at the largest T, tested at T=1, minus the training at T=1: with TET "
         f"{at_1['tet']} points ({data}), with SDT {at_1['sdt']}. TET with T drawn uniformly costs "
@@ -182,13 +182,13 @@ def answer_of(found: dict[str, Any]) -> str:
 
 def main() -> int:
     pages.no_flags(__doc__)
-    found = {study: numbers_of(study) for study in STUDIES}
-    all_of = [one for values in found.values() for one in values["minus_own"]]
-    for one, p in zip(all_of, holm([one["p"] for one in all_of]), strict=True):
-        one["holm"] = p
-    n = min(len(one["seeds"]) for values in found.values() for one in values["entries"].values())
-    tables = [own_table(found), accuracy_table(found), recomputed_table(found)]
-    pages.write(PAGE, answer_of(found), n, {"studies": found}, tables, draw(found))
+    studies = {study: numbers_of(study) for study in STUDIES}
+    all_of = [one for values in studies.values() for one in values["minus_own"]]
+    for change, p in zip(all_of, holm([one["p"] for one in all_of]), strict=True):
+        change["holm"] = p
+    n = min(len(one["seeds"]) for values in studies.values() for one in values["entries"].values())
+    tables = [own_table(studies), accuracy_table(studies), recomputed_table(studies)]
+    pages.write(PAGE, answer_of(studies), n, {"studies": studies}, tables, draw(studies))
     return 0
 
 

@@ -40,19 +40,19 @@ def main() -> int:
     options = parser.parse_args()
     if options.dest.exists():
         parser.error(f"{options.dest} exists already; remove it, or choose another folder")
-    found: dict[tuple[str, str], list[Path]] = {}
-    for (split, (theirs, _)), count in zip(SPLITS.items(), options.per_class, strict=True):
+    images: dict[tuple[str, str], list[Path]] = {}
+    for (split, (source, _)), count in zip(SPLITS.items(), options.per_class, strict=True):
         for name in CLASSES:
-            folder = options.source / theirs / name
-            files = found[split, name] = sorted(folder.glob("*.jpg"))[:count]
+            folder = options.source / source / name
+            files = images[split, name] = sorted(folder.glob("*.jpg"))[:count]
             if len(files) < count:
                 parser.error(f"{folder} has {len(files)} of {count} images; clone SOURCE again")
-    for (split, name), files in found.items():
+    for (split, name), files in images.items():
         folder = options.dest / split / name
         folder.mkdir(parents=True)
         for file in files:
             shutil.copyfile(file, folder / file.name)
-    print(f"{sum(map(len, found.values())):,} images in {options.dest}")
+    print(f"{sum(map(len, images.values())):,} images in {options.dest}")
     return 0
 
 

@@ -160,8 +160,8 @@ def measure(landscape: Landscape, grid: int) -> dict[str, Any]:
     positions, center = np.linspace(-RADIUS, RADIUS, POINTS).tolist(), landscape.values()
 
     def curve(direction: Direction) -> dict[str, list[float]]:
-        found = [landscape.values((at, direction)) if at else center for at in positions]
-        return {key: [point[key] for point in found] for key in center}
+        points = [landscape.values((at, direction)) if at else center for at in positions]
+        return {key: [point[key] for point in points] for key in center}
 
     curves = {str(k): curve(landscape.random(k)) for k in range(DIRECTIONS)}
     gradient = landscape.gradient()
@@ -215,15 +215,15 @@ def measured(study: Path) -> dict[str, Any]:
             index = open_split(config, "train", world)
             model = load_model(config, index, weights, run, world)
             model.set_timesteps(description.timesteps)
-            found = measure(Landscape(model.eval(), config, index), 0 if seed else GRID)
+            measurement = measure(Landscape(model.eval(), config, index), 0 if seed else GRID)
             about = {"checkpoint": str(run), "step": description.step, "seed": seed}
-            networks.append(about | {"timesteps": model.timesteps} | found)
+            networks.append(about | {"timesteps": model.timesteps} | measurement)
             groups.setdefault(loss, []).append(str(run))
-            sharp.setdefault(loss, []).append(found["sharpness"])
-    theirs, ours = sharp.values()
+            sharp.setdefault(loss, []).append(measurement["sharpness"])
+    sdt, tet = sharp.values()
     by_loss = {
         loss: {
-            key: vars(paired_difference(*([x[loss][key] for x in ones] for ones in (ours, theirs))))
+            key: vars(paired_difference(*([x[loss][key] for x in ones] for ones in (tet, sdt))))
             for key in KEYS
         }
         for loss in LOSSES
@@ -232,12 +232,12 @@ def measured(study: Path) -> dict[str, Any]:
     return about | {"differences": {"tet_t4": by_loss}, "networks": networks}
 
 
-def draw(found: dict[str, Any]) -> Any:
+def draw(values: dict[str, Any]) -> Any:
     """Draw curves, each the mean over random directions and networks with a band of one standard
     deviation, and the contours of each loss's first network; the plots of a row share levels."""
-    of_path = {one["checkpoint"]: one for one in found["networks"]}
-    groups = {name: [of_path[path] for path in paths] for name, paths in found["groups"].items()}
-    radius, figure = found["radius"], style.new_figure(13, 13.2)
+    of_path = {one["checkpoint"]: one for one in values["networks"]}
+    groups = {name: [of_path[path] for path in paths] for name, paths in values["groups"].items()}
+    radius, figure = values["radius"], style.new_figure(13, 13.2)
     top, *others = figure.subfigures(3, 1)
     axes = top.subplots(1, 3)
     titles = {key: f"{name}: {key.replace('_', ' ')}" for key, name in LOSSES.items()}
@@ -271,18 +271,18 @@ def draw(found: dict[str, Any]) -> Any:
     return figure
 
 
-def write_page(data: str, found: dict[str, Any]) -> None:
-    (by_loss,) = found["differences"].values()
+def write_page(data: str, values: dict[str, Any]) -> None:
+    (by_loss,) = values["differences"].values()
     compared = {(loss, key): by_loss[loss][key] for loss in LOSSES for key in KEYS}
     corrected = dict(zip(compared, holm([one["p"] for one in compared.values()]), strict=True))
-    of_path = {network["checkpoint"]: network["sharpness"] for network in found["networks"]}
+    of_path = {network["checkpoint"]: network["sharpness"] for network in values["networks"]}
     rows, verdicts = [], {loss: {"flatter": 0, "sharper": 0} for loss in LOSSES}
     for (loss, key), one in compared.items():
-        p, groups = corrected[loss, key], (found["groups"][f"{k}_t4"] for k in ("sdt", "tet"))
+        p, groups = corrected[loss, key], (values["groups"][f"{k}_t4"] for k in ("sdt", "tet"))
         text = f"{one['mean']:+.2g} [{one['low']:+.2g}, {one['high']:+.2g}]"
-        values = [f"{mean(of_path[path][loss][key] for path in group):.3g}" for group in groups]
+        cells = [f"{mean(of_path[path][loss][key] for path in group):.3g}" for group in groups]
         effect = f"{detectable(Difference(**one)):.2g}"
-        rows.append([f"`{loss}`", KEYS[key], *values, text, effect, f"{p:.2g}"])
+        rows.append([f"`{loss}`", KEYS[key], *cells, text, effect, f"{p:.2g}"])
         if p < 0.05:
             verdicts[loss]["flatter" if one["mean"] < 0 else "sharper"] += 1
     n = Difference(**next(iter(compared.values()))).n
@@ -295,9 +295,9 @@ def write_page(data: str, found: dict[str, Any]) -> None:
         + f", after Holm's correction for all {len(rows)}. The rise of L_SDT along random "
         f"directions, TET minus SDT, is {rows[0][4]}."
     )
-    numbers = found | {"answer": answer}  # a page that is written anew has the old one
+    numbers = values | {"answer": answer}  # a page that is written anew has the old one
     page, table = pages.RESULTS / f"landscape_{data}.md", markdown(HEAD, rows, numbers=True)
-    pages.write(page, answer, n, numbers, [table], draw(found))
+    pages.write(page, answer, n, numbers, [table], draw(values))
 
 
 def main() -> int:

@@ -65,12 +65,12 @@ def measured(study: str, stored: dict[str, Any]) -> dict[str, Any]:
     """Return the numbers of a study: of its runs in runs/, and the stored ones of the others."""
     runs = pages.runs_of(study)
     values = gather(plan.read(pages.STUDIES / f"{study}.yaml"), runs, "").as_dict()
-    found = {run["name"]: run for run in [*stored["runs"], *values["runs"]]}
+    by_name = {run["name"]: run for run in [*stored["runs"], *values["runs"]]}
     before = [one for one in stored["environments"] if one not in values["environments"]]
     errors = {run.name: calibration_error(run) for run in runs}
     return {
         "study": values["study"],
-        "runs": [found[name] for name in sorted(found)],
+        "runs": [by_name[name] for name in sorted(by_name)],
         "environments": [*before, *values["environments"]],
         "calibration": stored["calibration"] | errors,
     }
@@ -78,10 +78,10 @@ def measured(study: str, stored: dict[str, Any]) -> dict[str, Any]:
 
 def earlier_numbers(study: str, data: str, sdt: str, tet: str) -> tuple[str, Numbers]:
     """Return the data of an earlier study, and its numbers by this page's names of losses."""
-    found = pages.numbers_of(pages.RESULTS / f"{study}.json")
+    numbers = pages.numbers_of(pages.RESULTS / f"{study}.json")
     names = dict(zip(ENTRIES, (sdt, tet, OWN), strict=True))
-    results = {name: found.results[entry] for name, entry in names.items()}
-    return f"*{data}*", replace(found, results=results)
+    results = {name: numbers.results[entry] for name, entry in names.items()}
+    return f"*{data}*", replace(numbers, results=results)
 
 
 @torch.no_grad()
@@ -123,14 +123,14 @@ class Compared:
         return self.holm.get(key, 1.0) < 0.05
 
     def cell(self, key: str) -> str:
-        if (one := self.differences.get(key)) is None:
+        if (difference := self.differences.get(key)) is None:
             return ""
         digits = 3 if key == "loss" else 2
-        low, high = (f"{value:+.{digits}f}" for value in (one.low, one.high))
+        low, high = (f"{value:+.{digits}f}" for value in (difference.low, difference.high))
         # Their spaces do not break, or else a narrow column has four lines a row.
-        text = f"{one.mean:+.{digits}f} [{low},&nbsp;{high}]"
+        text = f"{difference.mean:+.{digits}f} [{low},&nbsp;{high}]"
         text = f"**{text}**" if self.is_significant(key) else text
-        return f"{text};&nbsp;{detectable(one):.{digits}f}"
+        return f"{text};&nbsp;{detectable(difference):.{digits}f}"
 
 
 def compared(data: str, numbers: Numbers) -> list[Compared]:
@@ -138,10 +138,10 @@ def compared(data: str, numbers: Numbers) -> list[Compared]:
     values = {"T=1": of_study.at(1), "T": of_study.last, "loss": of_study.loss}
     rows = []
     for entry, control in PAIRS:
-        found = {key: numbers.difference(entry, of, control) for key, of in values.items()}
+        differences = {key: numbers.difference(entry, of, control) for key, of in values.items()}
         if numbers.of_exit:
-            found["exit"], _ = pages.timesteps_at_equal(numbers, entry, control)
-        rows.append(Compared(data, entry, control, found))
+            differences["exit"], _ = pages.timesteps_at_equal(numbers, entry, control)
+        rows.append(Compared(data, entry, control, differences))
     return rows
 
 
@@ -190,16 +190,19 @@ def accuracy_table(studies: dict[str, tuple[str, Numbers]], calibration: dict[st
 
 def searched() -> dict[str, dict[str, float]]:
     """Return the held-out top-1 of each loss and learning rate."""
-    found: dict[str, dict[str, float]] = {}
+    accuracies: dict[str, dict[str, float]] = {}
     for run in pages.runs_of(SEARCH):
         loss, rate = run.entry.rsplit("_", 1)
-        found.setdefault(loss, {})[rate] = plan.lines(run, "val")[-1]["top1"]
-    return found
+        accuracies.setdefault(loss, {})[rate] = plan.lines(run, "val")[-1]["top1"]
+    return accuracies
 
 
-def search_table(found: dict[str, dict[str, float]]) -> str:
-    rates = sorted({rate for one in found.values() for rate in one}, key=float)
-    rows = [[f"`{loss}`", *(f"{one[rate]:.2f}" for rate in rates)] for loss, one in found.items()]
+def search_table(accuracies: dict[str, dict[str, float]]) -> str:
+    rates = sorted({rate for one in accuracies.values() for rate in one}, key=float)
+    rows = [
+        [f"`{loss}`", *(f"{of_loss[rate]:.2f}" for rate in rates)]
+        for loss, of_loss in accuracies.items()
+    ]
     return markdown(["loss", *rates], rows, numbers=True)
 
 
@@ -253,7 +256,7 @@ def answer_of(rows: list[Compared], chosen: dict[str, Difference]) -> tuple[str,
         f"{on('sdt', 'T', -1)}, behind TET at T=1 on {on('tet', 'T=1', -1)}, and ahead of SDT at "
         f"T=1 on {on('sdt', 'T=1', 1)}."
     )
-    found = {
+    verdicts = {
         "behind SDT at T": where("sdt", "T", -1),
         "behind TET at T=1": where("tet", "T=1", -1),
         "ahead of SDT at T=1": where("sdt", "T=1", 1),
@@ -263,33 +266,33 @@ def answer_of(rows: list[Compared], chosen: dict[str, Difference]) -> tuple[str,
         "higher loss at T than TET": where("tet", "loss", 1),
         "lower loss at T than TET": where("tet", "loss", -1),
     }
-    return answer, "\n".join(f"* {what}: {places or 'none'}" for what, places in found.items())
+    return answer, "\n".join(f"* {what}: {places or 'none'}" for what, places in verdicts.items())
 
 
-def page_of(found: dict[str, Any]) -> tuple[str, str, list[str], Any]:
+def page_of(record: dict[str, Any]) -> tuple[str, str, list[str], Any]:
     """Return answer, number of seeds, tables and figure of the page, by the numbers of the studies.
 
     The differences are added to them.
     """
     studies = {
-        study: (data, pages.numbers_from(found["studies"][study], study))
+        study: (data, pages.numbers_from(record["studies"][study], study))
         for study, data in STUDIES.items()
     }
     rows = [row for data, numbers in studies.values() for row in compared(data, numbers)]
     correct(rows)
-    found["differences"] = list(map(asdict, rows))
+    record["differences"] = list(map(asdict, rows))
     beside = {study: earlier_numbers(study, *names) for study, names in BESIDE.items()}
     more = [row for data, numbers in beside.values() for row in compared(data, numbers)]
     exits = of_study.exit_top1
     chosen = {data: numbers.difference(OWN, exits, "sdt") for data, numbers in studies.values()}
     answer, listed = answer_of(rows, chosen)
-    calibration = {study: values["calibration"] for study, values in found["studies"].items()}
+    calibration = {study: values["calibration"] for study, values in record["studies"].items()}
     tables = [
         listed,
         difference_table([*rows, *more]),
         accuracy_table({**studies, **beside}, calibration),
         "\n".join(f"* {data}: {one}" for data, one in chosen.items()),
-        search_table(found["search"]),
+        search_table(record["search"]),
     ]
     seeds = " to ".join(map(str, sorted({row.differences["T"].n for row in rows})))
     return answer, seeds, tables, draw(studies)
@@ -300,9 +303,9 @@ def main() -> int:
     logging.basicConfig(level=logging.ERROR)
     stored = restored(parse_json(PAGE.with_suffix(".json").read_text()))
     studies = {study: measured(study, stored["studies"][study]) for study in STUDIES}
-    found = {"studies": studies, "search": searched() or stored["search"]}
-    answer, seeds, tables, figure = page_of(found)
-    pages.write(PAGE, answer, seeds, strict(found), tables, figure)
+    record = {"studies": studies, "search": searched() or stored["search"]}
+    answer, seeds, tables, figure = page_of(record)
+    pages.write(PAGE, answer, seeds, strict(record), tables, figure)
     return 0
 
 

@@ -83,15 +83,15 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--again", nargs="+", choices=ENTRIES, default=[], metavar="ENTRY")
     again = parser.parse_args(arguments).again
-    found: dict[str, Any] = json.loads(RECORD.read_text())
+    record: dict[str, Any] = json.loads(RECORD.read_text())
     for name, entry in ENTRIES.items():
         for precision in PRECISIONS:
             key = f"{name}-{precision}"
-            if name in again or key not in found:
+            if name in again or key not in record:
                 print(f"measuring {key}", file=sys.stderr, flush=True)
-                found[key] = measured(entry, precision)
-                write_json(RECORD, found)
-    PAGE.write_text(page(found))
+                record[key] = measured(entry, precision)
+                write_json(RECORD, record)
+    PAGE.write_text(page(record))
     print(f"wrote {PAGE}")
 
 
@@ -100,14 +100,14 @@ def main(arguments: list[str] | None = None) -> None:
 
 def contestants_of(options: argparse.Namespace) -> dict[str, Callable[[], Contestant]]:
     """Return constructors of the contestants, by name."""
-    found: dict[str, Callable[[], Contestant]] = {}
+    makers: dict[str, Callable[[], Contestant]] = {}
     if (baseline := relu_network(options.model)) is not None:
-        found["relu"] = partial(bench.relu, options, baseline)
+        makers["relu"] = partial(bench.relu, options, baseline)
     for mode in options.modes:
-        found[f"tetdist, {mode}"] = partial(bench.ours, options, mode)
+        makers[f"tetdist, {mode}"] = partial(bench.ours, options, mode)
     if options.has_peer:
-        found[PEER] = partial(spikingjelly, options)
-    return found
+        makers[PEER] = partial(spikingjelly, options)
+    return makers
 
 
 def spikingjelly(options: argparse.Namespace) -> Contestant:
@@ -281,9 +281,9 @@ def kept_mib(options: argparse.Namespace, make: Callable[[], Contestant]) -> flo
 # --- the page -------------------------------------------------------------------------------------
 
 
-def rows_of(found: dict[str, Any], key: str) -> dict[str, dict[str, Any]]:
+def rows_of(record: dict[str, Any], key: str) -> dict[str, dict[str, Any]]:
     """Return an entry's rows by name."""
-    return {row["name"]: row for row in found[key]["rows"]}
+    return {row["name"]: row for row in record[key]["rows"]}
 
 
 def cell(row: dict[str, Any] | None, key: str, spec: str) -> str:
@@ -292,11 +292,11 @@ def cell(row: dict[str, Any] | None, key: str, spec: str) -> str:
     return "" if value is None else format(value, spec)
 
 
-def step_table(found: dict[str, Any]) -> str:
+def step_table(record: dict[str, Any]) -> str:
     """Return the table of all contestants of one network."""
     rows = []
     for precision in PRECISIONS:
-        by_name = rows_of(found, f"{STEP}-{precision}")
+        by_name = rows_of(record, f"{STEP}-{precision}")
         for name, row in by_name.items():
             kept = row["kept_mib"] / by_name["relu"]["kept_mib"]
             figures = [cell(row, "seconds", ".3f"), cell(row, "ratio", ".3f")]
@@ -305,13 +305,13 @@ def step_table(found: dict[str, Any]) -> str:
     return markdown(["", "", "s", "/ ReLU", "images/s", "MiB an image", "/ ReLU"], rows)
 
 
-def resnet_table(found: dict[str, Any]) -> str:
+def resnet_table(record: dict[str, Any]) -> str:
     """Return the table of other networks, beside their ReLU networks."""
     rows = []
     for name in RESNETS:
-        entry, figures = found[f"{name}-fp32"], []
+        entry, figures = record[f"{name}-fp32"], []
         for precision in PRECISIONS:
-            by_name = rows_of(found, f"{name}-{precision}")
+            by_name = rows_of(record, f"{name}-{precision}")
             own = by_name["tetdist, none"]
             figures += [cell(one, "seconds", ".3f") for one in (by_name["relu"], own)]
             figures.append(cell(own, "ratio", ".3f"))
@@ -322,12 +322,12 @@ def resnet_table(found: dict[str, Any]) -> str:
     return markdown(head, rows)
 
 
-def transformer_table(found: dict[str, Any]) -> str:
+def transformer_table(record: dict[str, Any]) -> str:
     """Return the table of transformers, without and with recomputation."""
     rows = []
     for name in TRANSFORMERS:
         for precision in PRECISIONS:
-            entry, by_name = found[f"{name}-{precision}"], rows_of(found, f"{name}-{precision}")
+            entry, by_name = record[f"{name}-{precision}"], rows_of(record, f"{name}-{precision}")
             own, blocks, peer = (
                 by_name.get(key) for key in ("tetdist, none", "tetdist, blocks", PEER)
             )
@@ -339,9 +339,9 @@ def transformer_table(found: dict[str, Any]) -> str:
     return markdown(head, rows)
 
 
-def page(found: dict[str, Any]) -> str:
+def page(record: dict[str, Any]) -> str:
     """Return the page with new tables."""
-    tables = [step_table(found), resnet_table(found), transformer_table(found)]
+    tables = [step_table(record), resnet_table(record), transformer_table(record)]
     return pages.with_tables(PAGE.read_text(), tables)
 
 

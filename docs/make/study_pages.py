@@ -124,9 +124,9 @@ def write(file: Path) -> None:
 
 def summarise(folder: Path) -> Path:
     """Write the tables of all pages of a folder into the file beside it, below its `MARK`."""
-    file, found = folder.parent / f"{folder.name}.md", published(folder)
+    file, by_link = folder.parent / f"{folder.name}.md", published(folder)
     above = file.read_text().partition(MARK)[0].rstrip()
-    write_text(file, f"{above}\n\n{MARK}{tet_against_sdt(found)}{answers(found)}")
+    write_text(file, f"{above}\n\n{MARK}{tet_against_sdt(by_link)}{answers(by_link)}")
     return file
 
 
@@ -138,10 +138,10 @@ def published(folder: Path) -> dict[str, dict[str, Any]]:
     }
 
 
-def answers(found: dict[str, dict[str, Any]]) -> str:
+def answers(by_link: dict[str, dict[str, Any]]) -> str:
     """Return the table of questions and answers, by the numbers of each page."""
     rows = []
-    for link, values in found.items():
+    for link, values in by_link.items():
         study = values["study"]
         asked, mark, _ = " ".join(study["question"].split()).partition("?")
         entries = values.get("entries", {"": {"top1": values}})
@@ -172,10 +172,10 @@ class Tested(NamedTuple):
     p_first: float
 
 
-def tested(found: dict[str, dict[str, Any]]) -> list[Tested]:
+def tested(by_link: dict[str, dict[str, Any]]) -> list[Tested]:
     """Return all comparisons of losses; Holm's method corrects their p together."""
     rows: list[tuple[str, str, str, str, int, Difference, Difference | None]] = []
-    for link, values in found.items():
+    for link, values in by_link.items():
         if "runs" not in values or "missing" not in values:
             continue
         for entry, against in values["differences"].items():
@@ -201,13 +201,13 @@ def _at_first(runs: list[dict[str, Any]], entry: str, control: str) -> Differenc
     return None if None in (*ours, *theirs) else of_study.paired_difference(ours, theirs)
 
 
-def number_of_tests(found: Iterable[Tested]) -> int:
-    return sum(not math.isnan(p) for one in found for p in (one.p, one.p_first))
+def number_of_tests(comparisons: Iterable[Tested]) -> int:
+    return sum(not math.isnan(p) for one in comparisons for p in (one.p, one.p_first))
 
 
-def significance(found: Iterable[Tested]) -> str:
+def significance(comparisons: Iterable[Tested]) -> str:
     """Word how many differences are significant, for a page's answer and the summary."""
-    ps = [(one.p, one.p_first) for one in found]
+    ps = [(one.p, one.p_first) for one in comparisons]
     at, first = (
         f"{sum(p < 1 - CONFIDENCE for p in of)} of {sum(not math.isnan(p) for p in of)}"
         for of in zip(*ps, strict=True)
@@ -215,9 +215,9 @@ def significance(found: Iterable[Tested]) -> str:
     return f"{at} at the T of training and {first} at T=1 are significant"
 
 
-def tet_against_sdt(found: dict[str, dict[str, Any]]) -> str:
+def tet_against_sdt(by_link: dict[str, dict[str, Any]]) -> str:
     """Return the table of entries that differ from their control in `loss.kind` alone."""
-    every, rows, before = tested(found), list[list[str]](), ""
+    every, rows, before = tested(by_link), list[list[str]](), ""
     for one in every:
         title = f"[{one.title}]({one.link}): " if one.link != before else ""
         before = one.link

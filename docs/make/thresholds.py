@@ -20,7 +20,7 @@ from scipy import optimize, stats
 from torch import Tensor
 
 from tetdist.apps.reports import style
-from tetdist.apps.studies.numbers import Difference, paired_difference
+from tetdist.apps.studies.numbers import Difference, holm, paired_difference
 from tetdist.apps.studies.plan import StudyRun
 from tetdist.apps.weights.trained import load
 from tetdist.data.build import eval_loader
@@ -64,17 +64,17 @@ def outputs_of(run: StudyRun) -> dict[str, Samples]:
     file = run.folder / "outputs.npz"
     if not file.is_file():
         model = load(run.folder).model
-        found: dict[str, Any] = {}
+        outputs: dict[str, Any] = {}
         with join("cpu") as world:
             held, test = open_data(run.config, world)[1], open_split(run.config, "val", world)
             for part, index in {"held": held, "test": test}.items():
-                found[f"{part} labels"] = index.labels
+                outputs[f"{part} labels"] = index.labels
                 for name, change in CHANGES.items() if part == "held" else [("", iter)]:
                     with eval_loader(run.config, index, world) as batches:
                         frames = [b.images.float() for b in change(batches)]
                     logits = [model(one, per_timestep=True).double() for one in frames]
-                    found[f"{part} {name}"] = running_means(torch.cat(logits, 1))
-        np.savez_compressed(file, **found)
+                    outputs[f"{part} {name}"] = running_means(torch.cat(logits, 1))
+        np.savez_compressed(file, **outputs)
     parts: dict[str, Samples] = {"held": {}, "test": {}}
     with np.load(file) as stored:
         for key, value in stored.items():
@@ -199,8 +199,8 @@ def cost(samples: Samples, exits: Tensor) -> tuple[float, float]:
 
 def same_day(rule: Rule, held: Samples, within: float) -> tuple[float, float]:
     """Return the cost on held-out samples, each left out when its own threshold is chosen."""
-    one = torch.eye(len(held["labels"]), dtype=torch.bool)
-    exits = [rule(some(held, ~own), within)(held[""][:, own]) for own in one]
+    samples = torch.eye(len(held["labels"]), dtype=torch.bool)
+    exits = [rule(some(held, ~own), within)(held[""][:, own]) for own in samples]
     return cost(held, torch.cat(exits))
 
 
@@ -220,7 +220,7 @@ def there(rule: Rule, test: Samples, within: float, size: int) -> tuple[float, f
 def measure(runs: list[dict[str, Samples]]) -> dict[str, Any]:
     """Return (points lost, mean timesteps) of each run, by samples, allowed points and rule."""
     tests = [run["test"] for run in runs]
-    found: dict[str, Any] = {
+    measured: dict[str, Any] = {
         "seeds": len(runs),
         "held-out samples": len(runs[0]["held"]["labels"]),
         "test samples": len(tests[0]["labels"]),
@@ -233,12 +233,12 @@ def measure(runs: list[dict[str, Samples]]) -> dict[str, Any]:
         "held 0.5": {n: [same_day(r, run["held"], 0.5) for run in runs] for n, r in RULES.items()},
     }
     for within in WITHIN:
-        rules = found[f"test {within:g}"] = {
+        rules = measured[f"test {within:g}"] = {
             name: [cost(run["test"], rule(run["held"], within)(run["test"][""])) for run in runs]
             for name, rule in RULES.items()
         }
         rules[THERE] = [there(by(labelled=False), one, within, 50) for one in tests]
-        found[f"without labels {within:g}"] = {
+        measured[f"without labels {within:g}"] = {
             f"{name}, {size} samples": [there(rule, one, within, size) for one in tests]
             for name, rule in (
                 ("agreement", by(labelled=False)),
@@ -247,26 +247,25 @@ def measure(runs: list[dict[str, Samples]]) -> dict[str, Any]:
             for size in SIZES
             if 2 * size <= len(tests[0]["labels"])
         }
-    return found
+    return measured
 
 
-def compare(found: dict[str, Any]) -> None:
+def compare(studies: dict[str, Any]) -> None:
     """Add differences to today's rule, with Holm's correction over all of them."""
     tested = []
-    for entry in (entry for entries in found.values() for entry in entries.values()):
+    for entry in (entry for entries in studies.values() for entry in entries.values()):
         lost = {name: [one[0] for one in costs] for name, costs in entry["test 0.5"].items()}
         entry["differences"] = {n: vars(paired_difference(lost[n], lost[TODAY])) for n in lost}
-        tested += [one for name, one in entry["differences"].items() if name != TODAY]
-    tested.sort(key=lambda one: np.nan_to_num(one["p"], nan=1.0))
-    for k, one in enumerate(tested):
-        p = (len(tested) - k) * np.nan_to_num(one["p"], nan=1.0)
-        one["holm"] = min(1.0, max(p, tested[k - 1]["holm"] if k else 0.0))
+        tested += [values for name, values in entry["differences"].items() if name != TODAY]
+    ps = np.nan_to_num([values["p"] for values in tested], nan=1.0).tolist()
+    for values, p in zip(tested, holm(ps), strict=True):
+        values["holm"] = p
 
 
-def draw(found: dict[str, Any]) -> Any:
+def draw(studies: dict[str, Any]) -> Any:
     figure = style.new_figure(12, 8)
     axes = iter(figure.subplots(2, 2, sharey=True).flat)
-    for study, entries in found.items():
+    for study, entries in studies.items():
         for entry, values in entries.items():
             axis = next(axes)
             axis.plot(*np.array(values["curve"]).T[::-1], color=style.QUIET, label="any confidence")
@@ -296,16 +295,17 @@ def table(entries: dict[str, Any]) -> str:
                 rows[-1].append(
                     "" if costs is None else "{:+.2f} ({:.1f})".format(*np.mean(costs, 0))
                 )
-            one = values["differences"][name]
-            rows[-1] += [str(Difference(*list(one.values())[:5])), f"{one.get('holm', 1):.2g}"]
+            difference = values["differences"][name]
+            interval = Difference(*list(difference.values())[:5])
+            rows[-1] += [str(interval), f"{difference.get('holm', 1):.2g}"]
     return markdown(rows[0], rows[1:])
 
 
-def summarised(found: dict[str, Any]) -> dict[str, Any]:
+def summarised(studies: dict[str, Any]) -> dict[str, Any]:
     """Return the numbers with question and answer, for the table of all pages."""
 
     def cost(rule: str, entry: str = "tet") -> str:
-        costs = np.mean(found["across_days"][entry]["test 0.5"][rule], 0)
+        costs = np.mean(studies["across_days"][entry]["test 0.5"][rule], 0)
         return "{:.2f} points at {:.1f} timesteps".format(*costs)
 
     safer = next(rule for rule in RULES if rule.startswith("agreement, also"))
@@ -318,22 +318,23 @@ def summarised(found: dict[str, Any]) -> dict[str, Any]:
     )
     question = "Which rule of early exit keeps its promise on recordings of another day?"
     study = {"title": "Early-exit thresholds that hold on another day", "question": question}
-    return {"study": study, "answer": answer, "n": found["across_days"]["tet"]["seeds"], **found}
+    seeds = studies["across_days"]["tet"]["seeds"]
+    return {"study": study, "answer": answer, "n": seeds, **studies}
 
 
 def main() -> int:
     pages.no_flags(__doc__)
-    found: dict[str, Any] = {}
+    studies: dict[str, Any] = {}
     for name in STUDIES:
         trained = {(run.entry, run.seed): run for run in pages.runs_of(name)}
         seeds = [seed for entry, seed in trained if entry == "tet"]
         for entry in ENTRIES if seeds else ():
             outputs = [outputs_of(trained[entry, seed]) for seed in seeds]
-            found.setdefault(name, {})[entry] = measure(outputs)
-    compare(found)
-    style.save(draw(found), PAGE.with_suffix(".png"))
-    write_json(PAGE.with_suffix(".json"), summarised(found))
-    PAGE.write_text(pages.with_tables(PAGE.read_text(), list(map(table, found.values()))))
+            studies.setdefault(name, {})[entry] = measure(outputs)
+    compare(studies)
+    style.save(draw(studies), PAGE.with_suffix(".png"))
+    write_json(PAGE.with_suffix(".json"), summarised(studies))
+    PAGE.write_text(pages.with_tables(PAGE.read_text(), list(map(table, studies.values()))))
     return 0
 
 

@@ -38,6 +38,7 @@ from tetdist.storage.files import write_json
 from tetdist.tables import markdown
 
 STUDY = "transformers_long"
+ByEntry = dict[str, list[dict[str, Any]]]  # numbers of each run
 COLUMNS = ("alone", "of_means", "spike_rate", "spike_rate_of_layers", "gradient")
 
 
@@ -107,10 +108,10 @@ def losses(logits: Tensor, labels: Tensor) -> dict[str, float]:
     }
 
 
-def timestep_table(found: dict[str, list[dict[str, Any]]]) -> str:
+def timestep_table(by_entry: ByEntry) -> str:
     head = ["training", "t", "alone", "mean of 1 to t", "spike rate, %", "of all layers, %"]
     rows = []
-    for entry, runs in found.items():
+    for entry, runs in by_entry.items():
         for t in range(len(runs[0]["alone"])):
             values = {key: mean(run[key][t] for run in runs) for key in COLUMNS}
             row = [f"`{entry}`", str(t + 1), f"{values['alone']:.2f}", f"{values['of_means']:.2f}"]
@@ -120,10 +121,10 @@ def timestep_table(found: dict[str, list[dict[str, Any]]]) -> str:
     return markdown([*head, "gradient"], rows, numbers=True)
 
 
-def loss_table(found: dict[str, list[dict[str, Any]]]) -> str:
+def loss_table(by_entry: ByEntry) -> str:
     head = ["training", "L_SDT, training", "L_SDT, validation", "L_TET, training"]
     rows = []
-    for entry, runs in found.items():
+    for entry, runs in by_entry.items():
         row = [f"`{entry}`"]
         row += [
             str(spread([run["losses"][split][loss] for run in runs]))
@@ -136,7 +137,7 @@ def loss_table(found: dict[str, list[dict[str, Any]]]) -> str:
     return markdown([*head, "L_TET, validation", "mean - best", "last fifth"], rows, numbers=True)
 
 
-def draw(found: dict[str, list[dict[str, Any]]]) -> Any:
+def draw(by_entry: ByEntry) -> Any:
     panels = {
         "alone": ("Accuracy of each timestep alone", style.ACCURACY),
         "of_means": ("Accuracy of the mean of 1 to t", style.ACCURACY),
@@ -146,7 +147,7 @@ def draw(found: dict[str, list[dict[str, Any]]]) -> Any:
     figure = style.new_figure(16, 4.4)
     axes = figure.subplots(1, len(panels))
     for axis, (key, (title, unit)) in zip(axes, panels.items(), strict=True):
-        for colour, (entry, runs) in zip(style.SERIES, found.items(), strict=False):
+        for colour, (entry, runs) in zip(style.SERIES, by_entry.items(), strict=False):
             values = np.array([run[key] for run in runs])
             steps = range(1, values.shape[1] + 1)
             axis.plot(steps, values.mean(0), "o-", ms=4, color=colour, label=entry)
@@ -158,19 +159,21 @@ def draw(found: dict[str, list[dict[str, Any]]]) -> Any:
     return figure
 
 
-def minus(found: dict[str, list[dict[str, Any]]], entry: str, control: str, t: int) -> Difference:
+def minus(by_entry: ByEntry, entry: str, control: str, t: int) -> Difference:
     """Return the paired difference of two entries at T=t."""
-    ours, theirs = ([run["of_means"][t - 1] for run in found[one]] for one in (entry, control))
-    return paired_difference(ours, theirs)
+    top1, control_top1 = (
+        [run["of_means"][t - 1] for run in by_entry[name]] for name in (entry, control)
+    )
+    return paired_difference(top1, control_top1)
 
 
-def reason_table(found: dict[str, list[dict[str, Any]]]) -> str:
+def reason_table(by_entry: ByEntry) -> str:
     compared = [("tet", "sdt")]
     for entry in ("tet_then_sdt", "tet_without_first", "tet_of_means"):
         compared += [(entry, "sdt"), (entry, "tet")]
     rows = []
     for entry, control in compared:
-        at = {t: minus(found, entry, control, t) for t in (1, 2, 4)}
+        at = {t: minus(by_entry, entry, control, t) for t in (1, 2, 4)}
         effect = f"{detectable(at[4]):.2f}"
         rows.append([f"`{entry}` - `{control}`", *map(str, at.values()), effect])
     head = ["", "T=1", "T=2", "T=4", "minimum detectable effect at T=4"]
@@ -179,30 +182,30 @@ def reason_table(found: dict[str, list[dict[str, Any]]]) -> str:
 
 def main() -> int:
     pages.no_flags(__doc__)
-    found: dict[str, list[dict[str, Any]]] = {}
+    by_entry: ByEntry = {}
     for run in pages.runs_of(STUDY):
         if (result := result_of(run)) is not None:
             top1 = {epoch: value for epoch, _, value in result.curve}
             last = {"seed": run.seed, "last_fifth": top1[30.0] - top1[24.0]}
-            found.setdefault(run.entry, []).append(numbers_of(run) | last)
+            by_entry.setdefault(run.entry, []).append(numbers_of(run) | last)
 
     def gain(entry: str) -> float:
-        return mean(run["of_means"][-1] - max(run["alone"]) for run in found[entry])
+        return mean(run["of_means"][-1] - max(run["alone"]) for run in by_entry[entry])
 
     answer = (
         "Consistent with one reason: TET asks each timestep to decide alone, while SDT's timesteps "
         f"complement each other. The time-mean is {gain('sdt'):.1f} points better than the best "
         f"single timestep with SDT, {gain('tet'):.1f} with TET. The cross-entropy of the running "
-        f"mean at each t (`tet_of_means`) minus TET is {minus(found, 'tet_of_means', 'tet', 4)} "
-        f"points at T=4 and {minus(found, 'tet_of_means', 'tet', 1)} at T=1, and minus SDT "
-        f"{minus(found, 'tet_of_means', 'sdt', 4)} at T=4; none of these is significant after "
+        f"mean at each t (`tet_of_means`) minus TET is {minus(by_entry, 'tet_of_means', 'tet', 4)} "
+        f"points at T=4 and {minus(by_entry, 'tet_of_means', 'tet', 1)} at T=1, and minus SDT "
+        f"{minus(by_entry, 'tet_of_means', 'sdt', 4)} at T=4; none of these is significant after "
         "Holm's correction for the page's 21 comparisons. Few spikes at t=1 are not the reason: "
-        f"TET without t=1 minus TET is {minus(found, 'tet_without_first', 'tet', 4)} at T=4."
+        f"TET without t=1 minus TET is {minus(by_entry, 'tet_without_first', 'tet', 4)} at T=4."
     )
-    n = min(len(runs) for runs in found.values())
-    tables = [timestep_table(found), loss_table(found), reason_table(found)]
+    n = min(len(runs) for runs in by_entry.values())
+    tables = [timestep_table(by_entry), loss_table(by_entry), reason_table(by_entry)]
     page = pages.RESULTS / "timesteps.md"
-    pages.write(page, answer, n, {"runs": found}, tables, draw(found))
+    pages.write(page, answer, n, {"runs": by_entry}, tables, draw(by_entry))
     return 0
 
 
