@@ -246,7 +246,7 @@ def test_agrees_with_the_resnet19_of_tet_and_of_distillation(tmp_path):
     read = foreign_files.read(file)
     assert read.keys() == state.keys()
     with pytest.raises(
-        UserError, match=r"with different neurons; give --from decoupling or --from seal"
+        UserError, match=r"with different neurons; name its source with --from: decoupling, seal"
     ):
         foreign.source_of(read, file)
     of_tet = converted(tet_layout(state), "tet", ours("spiking_resnet19", **OF_RESNET19))

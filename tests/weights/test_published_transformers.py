@@ -64,8 +64,8 @@ def test_published_file_is_recognised_computes_what_it_did_and_goes_out_again(
     output = output_of(
         "export", file, "--format", "nir", "--output", tmp_path / "net.nir", status=2
     )
-    assert "NIR cannot express" in output
-    assert "the product of two signals, which attention needs" in output
+    assert "needs products of two signals for attention" in output
+    assert "for which NIR has no node" in output
 
 
 def test_unused_weights_are_named(output_of, tmp_path):

@@ -16,12 +16,12 @@ def description(root: str | Path) -> dict[str, Any] | None:
     if not file.is_file():
         return None
     try:
-        record = parse_json(file.read_text(encoding="utf-8"))
-        if isinstance(record, dict) and isinstance(record["split"], str):
-            return record
-    except (OSError, ValueError, KeyError) as error:
+        record: dict[str, Any] = parse_json(file.read_text(encoding="utf-8"))
+        if not isinstance(record["split"], str):
+            raise TypeError("it names no split")
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{file} is damaged ({error!r}): make the split again") from error
-    raise UserError(f"{file} names no split: make the split again")
+    return record
 
 
 def recordings_of(root: str | Path) -> dict[str, str] | None:

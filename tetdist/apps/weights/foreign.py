@@ -79,19 +79,13 @@ def source_of(state: Mapping[str, Tensor], path: Path) -> str:
         if source.mark is not None and any(re.search(source.mark, key) for key in state):
             return name
     if "conv0.0.weight" in state or "layer1.0.conv1.bias" in state:
-        raise UserError(
-            f"{path} has names that two repositories of distillation use, with different neurons; "
-            "give --from decoupling or --from seal"
-        )
-    if "layer1.0.conv1.weight" in state:
-        raise UserError(
-            f"{path} has names that torchvision, timm and spikingjelly use, with different "
-            "neurons; give --from torchvision, timm or spikingjelly"
-        )
-    raise UserError(
-        f"{path} has unknown names (the first is {next(iter(state))!r}); name its source with "
-        f"--from: {', '.join(SOURCES)}"
-    )
+        names, sources = "names of several sources with different neurons", ["decoupling", "seal"]
+    elif "layer1.0.conv1.weight" in state:
+        names = "names of several sources with different neurons"
+        sources = ["torchvision", "timm", "spikingjelly"]
+    else:
+        names, sources = f"unknown names (the first is {next(iter(state))!r})", [*SOURCES]
+    raise UserError(f"{path} has {names}; name its source with --from: {', '.join(sources)}")
 
 
 def convert(state: Mapping[str, Tensor], source: str, model: SpikingNetwork) -> Converted:

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 
 from tetdist.apps.weights.structure import Traversal, folded, pooled
-from tetdist.errors import UserError
 from tetdist.models import PreActResNet, PSNSEWResNet, QKFormer, SpikingNetwork
 from tetdist.models.attention import StreamTransformer
 from tetdist.nn.batch_norm import BatchNorm
@@ -63,12 +62,8 @@ class _Builder(Traversal[Signal]):
         model = self.model
         if isinstance(model, (QKFormer, StreamTransformer)):
             pools = any(isinstance(module, NormPool) for module in model.modules())
-            maximum = ", nor for the embedding's maximum over currents"
-            raise UserError(
-                f"NIR cannot express {type(model).__name__}: it has no node for the product of two "
-                f"signals, which attention needs{maximum if pools else ''}; export it to onnx or "
-                "torch"
-            )
+            maximum = " and the embedding the maximum over currents" if pools else ""
+            raise self.refused(f"needs products of two signals for attention{maximum}{_NO_NODE}")
         if isinstance(model, PreActResNet):
             raise self.refused(f"takes maxima of real numbers in its stem{_NO_NODE}")
         if isinstance(model, PSNSEWResNet):
@@ -104,10 +99,7 @@ class _Builder(Traversal[Signal]):
         assert isinstance(module, NeuronLayer)
         config = module.neuron
         if not isinstance(config, LIF) or type(config) not in (LIF, PLIF):
-            raise UserError(
-                f"NIR has no neurons of the kind {type(config).__name__}, which this network has; "
-                "export it to onnx or torch"
-            )
+            raise self.refused(f"has neurons of the kind {type(config).__name__}{_NO_NODE}")
         if config.reset == "soft":
             raise self.refused(
                 f"resets its neurons by subtraction (model.neuron.reset is soft){_NO_NODE}"
