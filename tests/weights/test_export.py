@@ -344,7 +344,11 @@ def test_nir_neuron_that_fires_at_the_threshold(tmp_path):
     [
         ("convnet", {"reset": "soft"}, "reset is soft"),
         ("convnet", {"spike": "sigmoid", "surrogate": "sigmoid"}, "spike is sigmoid"),
-        ("convnet", {"kind": "psn", "timesteps": T}, "no neurons of the kind PSN, which"),
+        (
+            "convnet",
+            {"kind": "psn", "timesteps": T},
+            "has neurons of the kind PSN, for which NIR has no node",
+        ),
         ("i2e", {}, "i2e_msnet18 takes maxima of real numbers in its stem"),
     ],
 )
