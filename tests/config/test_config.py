@@ -45,7 +45,7 @@ def refusal(make: Callable[[], object]) -> str:
 
 
 IS_T = (
-    "must be a whole number from 1 to 10000, a list of such numbers, or a "
+    "must be an integer from 1 to 10000, a list of such numbers, or a "
     "range of them from the smaller one on, such as {from: 1, to: 4}"
 )
 # A mistaken override, and what is said of it.
@@ -70,7 +70,7 @@ MISTAKEN = {
     "trackin.zzz=x": "unknown key 'trackin'; did you mean 'tracking'?",
     "phases.0.optimizer=adamw": "not the value 'adamw'; set phases.0.optimizer.kind, for instance",
     # Types.
-    "seed=1.5": "seed=1.5 must be a whole number >= 0 and < 9223372036854775808",
+    "seed=1.5": "seed=1.5 must be an integer >= 0 and < 9223372036854775808",
     "loss.lambda=abc": "loss.lambda=abc must be a number >= 0 and <= 1",
     "model.neuron={detach_reset: 'false'}": "'model.neuron.detach_reset'",
     "phases=3": "'phases' is a list",
@@ -222,7 +222,7 @@ def test_mistakes_of_the_file_and_of_an_override_are_distinguished(tiny_config):
     file = str(tiny_config({"sede": 1, "name": "1e3"}))
     other, own = refusal(lambda: load(file, ["log_every=x"])).split(f"; {file}: ")
     assert own == "unknown key 'sede'; did you mean 'seed'?"
-    assert other == "log_every=x must be a whole number > 0 and <= 1000000000"
+    assert other == "log_every=x must be an integer > 0 and <= 1000000000"
 
 
 def test_no_such_config(tmp_path):
@@ -466,9 +466,9 @@ def test_every_key_is_explained_with_what_it_takes(capsys):
     explained = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
     assert explained.keys() == {"base"} | documented_keys().keys()
     for key, takes in {
-        "seed": "[whole number >= 0 and < 9223372036854775808; default 0]",
+        "seed": "[integer >= 0 and < 9223372036854775808; default 0]",
         "model.name": "[text; required] Name of the network: one of `tetdist list networks`, ",
-        "model.num_classes": "[whole number > 1 or null; default null]",
+        "model.num_classes": "[integer > 1 or null; default null]",
         "model.neuron.kind": f"[{' | '.join(NEURONS)}; default: the network's own]",
         "model.neuron.surrogate": "[triangle | atan | sigmoid | rectangle; default triangle]",
         "name": "[text; default: the file's name]",

@@ -108,7 +108,7 @@ def test_the_mean_comes_in_from_outside():
     [
         ("rand-m9-w0", "consist of m, n, p, mstd, mmax and inc, each .*unknown: 'w0'"),
         ("rand-m9-tweights", "unknown: 'tweights'"),
-        ("rand-m9.5", "m as a whole number from 0 to 100"),
+        ("rand-m9.5", "m as an integer from 0 to 100"),
         ("rand-m9-p2", "p as a number from 0 to 1"),
         ("rand-m9-m8", "m once"),
         ("rand-", "unknown: ''"),

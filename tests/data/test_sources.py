@@ -108,10 +108,10 @@ def test_samples_without_image_or_label_are_named(image_root, tmp_path):
     good["a/1.json"] = b'{"width": 5}'
     bad = {
         "x1.jpg": ({".jpg": image}, "no label"),
-        "x2.jpg": ({".jpg": image, ".cls": b"dog"}, "'dog' is not a whole number"),
-        "x3.jpg": ({".jpg": image, ".cls": b"-1"}, "'-1' is not a whole number"),
+        "x2.jpg": ({".jpg": image, ".cls": b"dog"}, "'dog' is not an integer"),
+        "x3.jpg": ({".jpg": image, ".cls": b"-1"}, "'-1' is not an integer"),
         "x4.jpg": ({".jpg": image, ".json": b"{"}, ".json is damaged"),
-        "x5.jpg": ({".jpg": image, ".json": b'{"label": true}'}, "True is not a whole number"),
+        "x5.jpg": ({".jpg": image, ".json": b'{"label": true}'}, "True is not an integer"),
         "x6.jpg": ({".jpg": image, ".json": b"[1]"}, "not an object"),
         "x7": ({".cls": b"0"}, "0 images"),
         "x8": ({".jpg": image, ".png": image, ".cls": b"1"}, "2 images"),

@@ -30,7 +30,7 @@ def whole(tiny_root):
 def test_each_class_is_divided(whole):
     train, held = held_out.divide(whole, 0.3, seed=1)
     assert sorted(files(train) + files(held)) == sorted(files(whole))
-    # 11, 12, 12 and 12 samples; the nearest whole numbers to their 30 %.
+    # 11, 12, 12 and 12 samples; the nearest integers to their 30 %.
     assert np.bincount(held.labels).tolist() == [3, 4, 4, 4]
     # Each side has one of each class at least.
     for share, least in ((0.01, 1), (0.99, 0)):

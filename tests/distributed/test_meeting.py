@@ -119,7 +119,7 @@ def met(rank, seconds=30, folder="runs/a", **run):
         ({}, {"name": "b", "seed": 5}, "another run at 127.0.0.1, .* differs in name, seed; start"),
         ({}, {"teacher": "x"}, "differs in teacher; .*--master_port"),
         ({}, {"folder": "elsewhere/a"}, "differs in run folder; .*--master_port"),
-        ({starters.VARIABLE: "another"}, {}, "rank 1 has met .* differs in launch; "),
+        ({starters.VARIABLE: "another"}, {}, "rank 1 reached .* differs in launch; "),
     ],
 )
 def test_run_is_met_by_its_own_processes_alone(variables, run, words, rank_0, monkeypatch):

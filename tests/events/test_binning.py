@@ -32,7 +32,7 @@ def one_by_one(events, bins, timesteps):
 
 
 def drawn(*highest):
-    """Fifty combinations of whole numbers from 1 to each of the highest, these among them."""
+    """Fifty combinations of integers from 1 to each of the highest, these among them."""
     draws = np.random.default_rng(0).integers(1, np.array(highest) + 1, (49, len(highest)))
     return [highest, *draws.tolist()]
 

@@ -126,8 +126,8 @@ def test_labelled_recordings_are_cut_and_never_divided(gestures):
     ("text", "words"),
     [
         (None, "its labels are missing: there is no user3_labels.csv"),
-        (f"{LABELS}1,ten,20\n", "startTime_usec 'ten' is not a whole number"),
-        (f"{LABELS}box,10,20\n", "user3_labels.csv: class 'box' is not a whole number"),
+        (f"{LABELS}1,ten,20\n", "startTime_usec 'ten' is not an integer"),
+        (f"{LABELS}box,10,20\n", "user3_labels.csv: class 'box' is not an integer"),
         (f"{LABELS[1:]}1,10,20\n", "user3_labels.csv: there is no column class"),
         (f"{LABELS}1,20,10\n", "gesture 0 ends at 10 us, before its start 20"),
     ],

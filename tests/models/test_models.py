@@ -359,7 +359,7 @@ def test_set_timesteps_changes_nothing_but_t(name):
             torch.testing.assert_close(logits[:3], three[:timesteps])
     assert torch.equal(logits, three)
     assert all(map(torch.equal, before.values(), model.state_dict().values()))
-    with pytest.raises(ValueError, match="timesteps must be a whole number and at least 1, not 0"):
+    with pytest.raises(ValueError, match="timesteps must be an integer and at least 1, not 0"):
         model.set_timesteps(0)
 
 

@@ -406,7 +406,7 @@ OWN_TEACHER = {"teacher": "sdt", "overrides": TIMM}
             ("unknown key 'entries.tet.loss.kind'; write it in overrides: {loss.kind: \"sdt\"}",),
         ),
         ({"overrides": ["max_steps=3"]}, ("must hold keys and values, such as {key: value}",)),
-        ({"seeds": 3}, ("must be a list: whole number >= 0, in brackets (such as [3]), not 3",)),
+        ({"seeds": 3}, ("must be a list: integer >= 0, in brackets (such as [3]), not 3",)),
         ({"entries.tet.control": "std"}, ("entries.tet.control", "'std'", "sdt")),
         ({"entries.tet.init": "tet"}, ("entries.tet.init", "'tet'")),
         ({"entries.tet.init": "sdt", "entries.sdt.init": "tet"}, ("circle",)),

@@ -1,4 +1,4 @@
-"""A network in whole numbers: its definition, its files, and what other programs make of them."""
+"""A network in integers: its definition, its files, and what other programs make of them."""
 
 import itertools
 import json
@@ -150,7 +150,7 @@ def test_exported_integers_are_the_definition_for_every_reader(case, output_of, 
 
 
 def with_whole_weights(trained: Trained) -> None:
-    """Replace weights by those that whole numbers express, in float64."""
+    """Replace weights by those that integers express, in float64."""
     torch.manual_seed(1)
     for name, module in trained.model.double().named_modules():
         if isinstance(module, BatchNorm):
@@ -265,7 +265,7 @@ def test_a_sum_that_could_overflow_is_refused_with_its_layer(tmp_path):
 @pytest.mark.parametrize(
     ("network", "neuron", "words"),
     [
-        ("convnet", {"kind": "psn", "timesteps": T}, "has psn neurons without whole numbers"),
+        ("convnet", {"kind": "psn", "timesteps": T}, "has psn neurons without integers"),
         ("convnet", {"spike": "sigmoid", "surrogate": "sigmoid"}, "lif neurons without whole"),
         ("sew, iand", {}, "joins spikes by iand, and --int8 takes connect_function add"),
     ],

@@ -18,7 +18,7 @@ from tetdist.nn.neurons import NEURONS, NeuronConfig, class_of
 
 _PLAIN = {
     bool: "true or false",
-    int: "whole number",
+    int: "integer",
     float: "number",
     str: "text",
     NoneType: "null",
@@ -151,7 +151,7 @@ def _default(value: Any) -> str:
 
 
 def _takes(annotation: Any, about: Sequence[Any] = ()) -> str:
-    """Describe the values that a type accepts, as in "whole number > 0 or null"."""
+    """Describe the values that a type accepts, as in "integer > 0 or null"."""
     origin, inside = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
         of_fields = [one.metadata if isinstance(one, FieldInfo) else [one] for one in inside[1:]]
@@ -164,7 +164,8 @@ def _takes(annotation: Any, about: Sequence[Any] = ()) -> str:
     if origin in (Union, UnionType):
         return " or ".join(_takes(one, about) for one in inside)
     if origin is tuple:
-        several = f"list of {len(inside)} {_takes(inside[0])}".replace("number", "numbers")
+        kind = _takes(inside[0]).replace("number", "numbers").replace("integer", "integers")
+        several = f"list of {len(inside)} {kind}"
         return f"list: {_takes(inside[0])}" if inside[-1] is ... else several
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return f"{{{', '.join(keys_of(annotation))}}}"

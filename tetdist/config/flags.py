@@ -74,12 +74,12 @@ def positive(text: str, most: int | None = None) -> int:
     """Type of an argument that counts something.
 
     Raises:
-        argparse.ArgumentTypeError: It is no whole number above 0, or above ``most``.
+        argparse.ArgumentTypeError: It is no integer above 0, or above ``most``.
     """
     try:
         value = int(text)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
+        raise argparse.ArgumentTypeError(f"{text!r} is not an integer") from None
     if value < 1:
         raise argparse.ArgumentTypeError(f"{value} must be 1 or more")
     if most is not None and value > most:

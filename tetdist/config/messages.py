@@ -182,7 +182,8 @@ def _explain(root: type[BaseModel], error: Any, override: str | None) -> str:
         message = text.format(**values)
     elif error["type"] in ("int_type", "float_type", "tuple_type"):
         documented = documented_keys(root).get(re.sub(r"\.\d+\.", ".N.", dotted))
-        message = f"must be a {documented.takes if documented else 'number'}"
+        takes = documented.takes if documented else "number"
+        message = f"must be {'an' if takes.startswith('integer') else 'a'} {takes}"
         if documented and error["type"] == "tuple_type":
             example = f"such as [{json.dumps(given or 0)}]"  # right for a list of any length
             shown = documented.default if "," in documented.default else example

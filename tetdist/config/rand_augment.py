@@ -27,7 +27,7 @@ class RandAugment(NamedTuple):
     inc: bool = False
 
 
-# Least and greatest value of each key, and whether it is a whole number.
+# Least and greatest value of each key, and whether it is an integer.
 _BOUNDS = {
     "m": (0, 100, True),
     "n": (1, 15, True),
@@ -57,8 +57,8 @@ def rand_augment(text: str) -> RandAugment:
         key, value = found[1], float(found[2])
         low, high, is_whole = _BOUNDS[key]
         if not low <= value <= high or (is_whole and not value.is_integer()):
-            kind = "whole number" if is_whole else "number"
-            raise ValueError(f"must have {key} as a {kind} from {low} to {high}")
+            kind = "an integer" if is_whole else "a number"
+            raise ValueError(f"must have {key} as {kind} from {low} to {high}")
         if key in values:
             raise ValueError(f"must have {key} once")
         values[key] = value

@@ -33,7 +33,7 @@ def _recompute(value: Any) -> Any:
     """Refuse, in one sentence for all forms, what is none of them."""
     segments = value.get("timesteps") if isinstance(value, dict) and len(value) == 1 else None
     if value not in ("none", "blocks") and not (type(segments) is int and segments > 0):
-        raise ValueError("must be none, blocks or {timesteps: K} with a whole number K above 0")
+        raise ValueError("must be none, blocks or {timesteps: K} with an integer K above 0")
     return value
 
 

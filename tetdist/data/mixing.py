@@ -17,7 +17,7 @@ from tetdist.data.transforms import Mix
 
 
 class DeviceMix(NamedTuple):
-    """A `Mix` as float64 tensors on the device, also for the boxes' whole numbers."""
+    """A `Mix` as float64 tensors on the device, also for the boxes' integers."""
 
     share: Tensor
     pixels: Tensor

@@ -160,7 +160,7 @@ def _label(file: Path, parts: Mapping[str, Member]) -> int | str:
     if len({str(other) for other in texts}) > 1:
         return f"its labels differ: {', '.join(map(repr, texts))}"
     if isinstance(text, bool) or not re.fullmatch(r"0*\d{1,6}", str(text), re.ASCII):
-        return f"the label {text!r} is not a whole number from 0 to {MOST_CLASSES - 1:,}"
+        return f"the label {text!r} is not an integer from 0 to {MOST_CLASSES - 1:,}"
     return int(str(text))
 
 

@@ -267,7 +267,7 @@ def _main_store(rank: int, token: str, seconds: float, about: Mapping[str, Any])
         if differing:
             shown = ", ".join(differing[:8]) + (", ..." if len(differing) > 8 else "")
             raise UserError(
-                f"rank {rank} has met rank 0 of another run at {address()}, port {port}, which "
+                f"rank {rank} reached rank 0 of another run at {address()}, port {port}, which "
                 f"differs in {shown}; start all processes of a run with the same command, and "
                 "give each run its own port with the launcher's --master_port"
             )

@@ -91,7 +91,7 @@ class Operations:
         }
 
 
-# Indices of a layer's sums. Whole numbers are multiples of one spike's value.
+# Indices of a layer's sums. Integers are multiples of one spike's value.
 PRESENTATIONS, PRESENTED_SYNAPSES, CARRIED, NOT_WHOLE, NOT_QUARTERS, UPDATES = range(6)
 
 

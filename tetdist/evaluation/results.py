@@ -43,7 +43,7 @@ class Subject:
 
 @dataclass(frozen=True)
 class RealNumbers:
-    """Top-1 in real numbers, and how many decisions differ from it in whole numbers."""
+    """Top-1 in real numbers, and how many decisions differ from it in integers."""
 
     top1: float
     changed: int

@@ -44,8 +44,8 @@ def attention_neuron(neuron: NeuronConfig, threshold: float) -> NeuronConfig:
     """Return the neuron that receives attention's sums of spikes.
 
     No batch norm precedes it, so its threshold is a number of spikes (times attention's scale),
-    independent of other neurons' thresholds. It also fires exactly at its threshold, which whole
-    numbers can reach. Kind, decay, reset and surrogate are those of the other layers.
+    independent of other neurons' thresholds. It also fires exactly at its threshold, which
+    integers can reach. Kind, decay, reset and surrogate are those of the other layers.
 
     Args:
         threshold: Threshold in units of attention's sums; 1 in the published networks, whose

@@ -147,7 +147,7 @@ class SpikingNetwork(nn.Module):
             ValueError: T is below 1, or the neurons cannot run it.
         """
         if not isinstance(timesteps, int) or timesteps < 1:
-            raise ValueError(f"timesteps must be a whole number and at least 1, not {timesteps!r}")
+            raise ValueError(f"timesteps must be an integer and at least 1, not {timesteps!r}")
         for neuron in neurons_of(self):
             if (reason := neuron.refusal(timesteps)) is not None:
                 raise UserError(f"timesteps: {reason}")

@@ -1,6 +1,6 @@
 """Neurons that fire up to D spikes in a timestep: I-LIF and NI-LIF.
 
-I-LIF (Luo et al., ECCV 2024, arXiv 2407.20708) is trained on whole numbers of spikes:
+I-LIF (Luo et al., ECCV 2024, arXiv 2407.20708) is trained on integer numbers of spikes:
 
     u[t] = decay * u_after_reset[t-1] + I[t]
     c[t] = round(clip(u[t] / V_th, 0, D))               (half to even)

@@ -72,7 +72,7 @@ class LatestLevels:
     """The outputs of a model's neurons while it runs.
 
     A layer of synapses sees spikes of the neurons before it. A network's neurons are alike, except
-    E-SpikeFormer's before the classifier, which send whole numbers.
+    E-SpikeFormer's before the classifier, which send integers.
 
     Attributes:
         levels: Outputs are multiples of ``1 / levels``; None: any numbers, or no neuron has run.

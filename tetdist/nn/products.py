@@ -4,10 +4,10 @@ All take and return (T, B, C, H, W). Positions are the tokens, and the channels 
 each other: C = heads * d. In memory the channels come last, so that a position's channels are a
 token of C numbers, and nothing is transposed to become one.
 
-**Exact sums.** Attention sums products of spikes, which are whole numbers, and the neurons behind
+**Exact sums.** Attention sums products of spikes, which are integers, and the neurons behind
 it have a threshold of whole spikes, so a difference of one decides. The sums are therefore at least
-float32, under autocast, too: bfloat16 rounds whole numbers from 257 on, float16 from 2049 on, while
-196 positions and 64 channels a head give sums up to 12544. float32 has all whole numbers up to
+float32, under autocast, too: bfloat16 rounds integers from 257 on, float16 from 2049 on, while
+196 positions and 64 channels a head give sums up to 12544. float32 has all integers up to
 2^24. On a GPU TensorFloat-32 is enough for spikes of 0 and 1: its ten bits of mantissa hold the
 factors, spikes and sums over at most 2048 positions, and it adds up in float32.
 

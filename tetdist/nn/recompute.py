@@ -1,7 +1,7 @@
 """Activation checkpointing: recompute a block in the backward pass instead of keeping activations.
 
 Each block keeps only its input, and that packed: spikes, and the small sums of spikes that blocks
-exchange, are whole numbers (or quarters) that half a byte holds exactly. The repeated forward pass
+exchange, are integers (or quarters) that half a byte holds exactly. The repeated forward pass
 is bitwise identical, so gradients are those of the ordinary backward pass.
 
 A block may also run over segments of timesteps, one after another, with membranes carried from each

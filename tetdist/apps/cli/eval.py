@@ -76,7 +76,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     text = """also run early exit at that threshold for real: decided samples leave the batch;
         reports images/s beside those of whole passes"""
     add("--measured", action="store_true", help=text)
-    text = """evaluate the network in whole numbers (export --int8), and count the decisions that
+    text = """evaluate the network in integers (export --int8), and count the decisions that
         differ from those of the real numbers"""
     add("--int8", action="store_true", help=text)
     text = """YAML or JSON file of constants and assumptions of the energy estimate that differ

@@ -55,7 +55,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add(
         "--int8",
         action="store_true",
-        help="write whole numbers, with int8 weights: --format safetensors or onnx-step",
+        help="write integers, with int8 weights: --format safetensors or onnx-step",
     )
     timesteps = partial(positive, most=MOST_TIMESTEPS)
     add("--timesteps", type=timesteps, metavar="T", help="default: as in training")

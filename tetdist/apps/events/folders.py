@@ -217,7 +217,7 @@ def _whole(row: dict[str, str], column: str) -> int:
     if column not in row:
         raise ValueError(f"there is no column {column}")
     if not re.fullmatch(r"\s*-?\d+\s*", row[column] or ""):
-        raise ValueError(f"{column} {row[column]!r} is not a whole number")
+        raise ValueError(f"{column} {row[column]!r} is not an integer")
     return int(row[column])
 
 
@@ -240,7 +240,7 @@ def _check(
     pieces = [piece for source in sources for piece in source.pieces]
     if not pieces:
         if problems := [f"{one.path}: {one.problem}" for one in sources if one.problem]:
-            rule = f"FILE{_LABELS} needs whole numbers in the columns {', '.join(_COLUMNS)}"
+            rule = f"FILE{_LABELS} needs integers in the columns {', '.join(_COLUMNS)}"
             shown = f"{'; '.join(problems[:3])}{and_more(problems, 3)}"
             raise UserError(f"{root}: {shown}; {rule}")
         content = f"no recordings ({', '.join(suffixes)})"

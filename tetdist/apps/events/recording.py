@@ -47,7 +47,7 @@ class Sensor(NamedTuple):
         except ValueError as error:
             raise BadRecording(
                 f"its header states a width of {width!r:.20} and a height of {height!r:.20}; both "
-                f"must be whole numbers from 1 to {MOST_PIXELS}"
+                f"must be integers from 1 to {MOST_PIXELS}"
             ) from error
 
 

@@ -1,6 +1,6 @@
 """Shards of images in Parquet, the form in which the Hugging Face hub gives them out.
 
-A file has the columns image, a struct of bytes and path, and label, a whole number. One pass
+A file has the columns image, a struct of bytes and path, and label, an integer. One pass
 decodes each image, to find damage, and copies its bytes. Samples are numbered by label and name, so
 that the shards are the same data set as class folders. Each file becomes a shard.
 """

@@ -99,7 +99,7 @@ def evaluate_network(
 def evaluate_in_integers(
     evaluator: Evaluator, opened: Opened, options: argparse.Namespace
 ) -> EvalResult:
-    """Evaluate a network in whole numbers, and count the decisions that differ from the real."""
+    """Evaluate a network in integers, and count the decisions that differ from the real."""
     real, whole, world = DecidedClasses(), DecidedClasses(), evaluator.world
     top1 = evaluator.run("real numbers", real.add).top1
     trained = Trained(evaluator.model.cpu(), opened.config, opened.description)

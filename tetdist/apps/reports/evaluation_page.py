@@ -97,7 +97,7 @@ def headlines(result: EvalResult) -> list[str]:
     ]
     if numbers is not None:
         lines.append(
-            f"in whole numbers (--int8); in real numbers top-1 {numbers.top1:.2f} %; different "
+            f"in integers (--int8); in real numbers top-1 {numbers.top1:.2f} %; different "
             f"decisions: {numbers.changed:,} of {evaluation.samples:,}"
         )
     return lines

@@ -41,7 +41,7 @@ _INPUTS = {"images": "image", "events": "event frame per timestep"}
 _CHECKED, _TOLERANCE = 4, 1e-4
 # Configuration for the command train, beside the weights in a folder for timm.
 RECIPE_FILE = "recipe.yaml"
-INTEGERS_FILE = "integers.json"  # beside whole numbers
+INTEGERS_FILE = "integers.json"  # beside integers
 _TIMMS_HUB = "hf-hub:"  # timm's prefix of the hub; tetdist's is `HF`
 
 
@@ -469,11 +469,11 @@ def write_onnx_step(trained: Trained, path: Path) -> str:
         return _agreement(trained, run)
 
 
-# --- whole numbers --------------------------------------------------------------------------------
+# --- integers --------------------------------------------------------------------------------
 
 
 def write_integers(trained: Trained, folder: Path) -> str:
-    """Write the whole numbers of a network, and their description as JSON."""
+    """Write the integers of a network, and their description as JSON."""
     network = convert(trained, trained.model.timesteps)
     with _aside(folder) as aside:
         aside.mkdir(parents=True)
@@ -486,11 +486,11 @@ def write_integers(trained: Trained, folder: Path) -> str:
         description = {"preparation": _byte_preparation(trained)} | network.description
         description |= {"class_names": trained.description.classes}
         (aside / INTEGERS_FILE).write_text(json.dumps(description, indent=1) + "\n")
-    return f"{checkpoint.MODEL_FILE}, whole numbers, and {INTEGERS_FILE}, {_proven(network)}"
+    return f"{checkpoint.MODEL_FILE}, integers, and {INTEGERS_FILE}, {_proven(network)}"
 
 
 def write_integer_step(trained: Trained, path: Path) -> str:
-    """Write one timestep in whole numbers as the ONNX graph of `OnnxStep`."""
+    """Write one timestep in integers as the ONNX graph of `OnnxStep`."""
     from tetdist.apps.weights.integer_onnx import save_step
 
     network = convert(trained, trained.model.timesteps)

@@ -1,4 +1,4 @@
-"""A trained network in whole numbers: its definition, and the conversion to it.
+"""A trained network in integers: its definition, and the conversion to it.
 
 Weights are int8 with a scale for each output channel. Batch norms and scales are folded into int32
 biases and thresholds. With ``a`` the int32 sums of weights times inputs, and F fraction bits, a
@@ -57,11 +57,11 @@ _COARSEST = 2**20  # units of a threshold or bias at most
 
 
 class IntegerNetwork(nn.Module):
-    """The definition: a network that computes in whole numbers.
+    """The definition: a network that computes in integers.
 
     Args:
         description: T, classes, input, layers in order, and units.
-        tensors: Whole numbers of the layers, by ``LAYER.NAME``.
+        tensors: Integers of the layers, by ``LAYER.NAME``.
     """
 
     def __init__(self, description: dict[str, Any], tensors: dict[str, Tensor]) -> None:
@@ -79,7 +79,7 @@ class IntegerNetwork(nn.Module):
         self.values: Any = values
 
     def numbers(self, layer: str) -> dict[str, Any]:
-        """Return a layer's whole numbers as arrays."""
+        """Return a layer's integers as arrays."""
         return {key: value.detach().numpy() for key, value in self.values[layer].items()}
 
     def set_timesteps(self, timesteps: int) -> None:
@@ -128,7 +128,7 @@ class IntegerNetwork(nn.Module):
 
 
 def _exactly(function: Callable[..., Tensor], *of: Tensor) -> Tensor:
-    """Compute sums of whole numbers in float64, where proven ones are exact on any device."""
+    """Compute sums of integers in float64, where proven ones are exact on any device."""
     return function(*(one.double() for one in of)).round().int()
 
 
@@ -142,7 +142,7 @@ def _stream(_: dict[str, Any], values: dict[str, Tensor], *x: Tensor) -> Tensor:
     return (sum(gained, _over(values["bias"], x[0])) >> STREAM_BITS).int()
 
 
-# A layer's output, from the layer, its whole numbers and its inputs.
+# A layer's output, from the layer, its integers and its inputs.
 _LAYERS: dict[str, Callable[..., Tensor]] = {
     "offset": lambda _, values, x: x - _over(values["zero"], x),
     "conv": lambda layer, values, x: _exactly(
@@ -185,7 +185,7 @@ def _fire(
 
 @dataclass(frozen=True, kw_only=True)
 class _Signal:
-    """Whole numbers between layers; tensors are by channel.
+    """Integers between layers; tensors are by channel.
 
     Attributes:
         name: The layer that sends them.
@@ -237,10 +237,10 @@ _Range = tuple[Tensor, Tensor]
 
 
 def convert(trained: Trained, timesteps: int) -> IntegerNetwork:
-    """Convert a network to whole numbers, whose ranges are proven for T timesteps.
+    """Convert a network to integers, whose ranges are proven for T timesteps.
 
     Raises:
-        UserError: The network has inputs or layers without whole numbers, or a sum could overflow.
+        UserError: The network has inputs or layers without integers, or a sum could overflow.
     """
     kind = (trained.description.binning or {}).get("dtype", "uint8")
     builder, data = _Builder(trained.model, timesteps), trained.config.data
@@ -275,7 +275,7 @@ class _Builder(Traversal[_Value]):
         for layer in (one for one in model.modules() if isinstance(one, NeuronLayer)):
             kinds, neuron = (LIF, PLIF, ILIF, NILIF), layer.neuron
             if type(neuron) not in kinds or not neuron.levels:
-                raise self.refused(f"has {kind_of(neuron)} neurons without whole numbers")
+                raise self.refused(f"has {kind_of(neuron)} neurons without integers")
         if isinstance(model.fc, nn.Identity):
             raise self.refused("has no classifier")
         entry: dict[str, Any] = {"kind": model.input_kind, "shape": list(shape)}
@@ -339,7 +339,7 @@ class _Builder(Traversal[_Value]):
     ) -> None:
         """Append a layer of outputs with some bits, unsigned if 8.
 
-        Options that are tensors are its whole numbers.
+        Options that are tensors are its integers.
         """
         whole = {key: one for key, one in of.items() if isinstance(one, Tensor)}
         self.tensors |= {f"{name}.{key}": one.contiguous() for key, one in whole.items()}

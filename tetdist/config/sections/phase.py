@@ -87,7 +87,7 @@ def _timesteps(value: Any) -> Any:
     right = several and all(type(t) is int and 1 <= t <= MOST_TIMESTEPS for t in several)
     if not right or (is_range and several[0] > several[1]):
         raise ValueError(
-            f"must be a whole number from 1 to {MOST_TIMESTEPS}, a list of such numbers, or a "
+            f"must be an integer from 1 to {MOST_TIMESTEPS}, a list of such numbers, or a "
             "range of them from the smaller one on, such as {from: 1, to: 4}"
         )
     return tuple(value) if isinstance(value, list) else value

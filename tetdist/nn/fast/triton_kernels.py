@@ -453,7 +453,7 @@ class AttentionKernels(NeuronKernels):
         self.known = {"DK": q.shape[2] // heads, "DV": v.shape[2] // heads, "LEVELS": levels}
         self.widths = [max(16, triton.next_power_of_2(self.known[one])) for one in ("DK", "DV")]
         self.factor = scale / levels**2
-        # The sums k^T v, in whole numbers, are at most this.
+        # The sums k^T v, in integers, are at most this.
         self.highest = self.positions * (config.highest * levels) ** 2
 
     def serve(self) -> bool:

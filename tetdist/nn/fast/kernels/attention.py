@@ -6,8 +6,8 @@ as powers of two; neuron.py explains other capitals.
 
 A program of `attend` and `current_gradient` has `BN` positions and up to `BJ` channels of one head,
 and computes the whole k^T v itself, from the cache: so membranes stay in registers, and nothing of
-the size of a current is stored. `LEVELS` times a spike is a whole number, of at most 8 bits. Matrix
-units multiply whole numbers as float16, which has all up to 2048, and add them up in float32.
+the size of a current is stored. `LEVELS` times a spike is an integer, of at most 8 bits. Matrix
+units multiply integers as float16, which has all up to 2048, and add them up in float32.
 With `SPLITS`, k^T v may be up to 2^22: it is split into two such numbers.
 """
 
@@ -24,7 +24,7 @@ SIZES = ["heads", "positions"]
 
 @triton.jit
 def _whole(x, at, mask, LEVELS: tl.constexpr):
-    """Load spikes, or the bytes that they are kept in, as whole numbers."""
+    """Load spikes, or the bytes that they are kept in, as integers."""
     value = tl.load(x + at, mask=mask, other=0)
     if x.dtype.element_ty != tl.uint8:
         value = value.to(tl.float32) * LEVELS
@@ -183,7 +183,7 @@ def gradients(
     BN: tl.constexpr
 ):
     """Compute the gradients of queries, keys and values from that of attention's result. FACTOR is
-    the derivative by whole numbers' products, over a spike's value. The grid is (T * B * heads,).
+    the derivative by integers' products, over a spike's value. The grid is (T * B * heads,).
     """
     kind = grad.dtype.element_ty
     row = (tl.program_id(0) // heads).to(tl.int64) * positions
