@@ -99,22 +99,22 @@ def import_files(paths: Iterable[str | Path]) -> list[Imported]:
         UserError: A file cannot be read, raises, or registers a used name; or two files have the
             same name.
     """
-    found: dict[str, Imported] = {}
+    imported: dict[str, Imported] = {}
     for path in map(Path, paths):
         if path.suffix != ".py" or not path.stem.isidentifier():
             raise UserError(f"imports: {path} must be a Python file named in one word: my_snn.py")
         try:
-            with open_file(path) as file:
-                code = file.read()
+            with open_file(path) as stream:
+                code = stream.read()
         except OSError as error:
             near = meant_path(path, "correct it", "*.py")
             raise UserError(f"imports: {path} cannot be read ({error.strerror}); {near}") from error
-        one = Imported(path.absolute(), hashlib.sha256(code).hexdigest())
-        if found.setdefault(path.name, one).path != one.path:
-            other = found[path.name].path
+        file = Imported(path.absolute(), hashlib.sha256(code).hexdigest())
+        if imported.setdefault(path.name, file).path != file.path:
+            other = imported[path.name].path
             raise UserError(f"imports: {other} and {path} have the same name; rename one")
-        _import(one, code)
-    return list(found.values())
+        _import(file, code)
+    return list(imported.values())
 
 
 def without_losses(paths: Iterable[str]) -> list[str]:
@@ -257,10 +257,10 @@ def changes(folder: Path, files: Iterable[Imported]) -> list[str]:
     sums, now = folder / CHECKSUMS, {file.path.name: file for file in files}
     lines = sums.read_text().splitlines() if sums.is_file() else []
     before = {name: sha256 for sha256, name in (line.split(maxsplit=1) for line in lines)}
-    found = [f"{name} is no longer imported" for name in before if name not in now]
+    differences = [f"{name} is no longer imported" for name in before if name not in now]
     for name, file in now.items():
         if name not in before:
-            found.append(f"{name} was not imported")
+            differences.append(f"{name} was not imported")
         elif file.sha256 != before[name]:
-            found.append(f"{file.path} is not the {name} that the run began with")
-    return found
+            differences.append(f"{file.path} is not the {name} that the run began with")
+    return differences

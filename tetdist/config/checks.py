@@ -9,7 +9,6 @@ from tetdist.config.schema import RunConfig
 from tetdist.config.sections.loss import LossSection
 from tetdist.config.sections.phase import schedule_epochs
 from tetdist.errors import WrongValue
-from tetdist.wording import counted
 
 
 def check_early(config: RunConfig, *, is_trained: bool) -> None:
@@ -34,11 +33,8 @@ def check_early(config: RunConfig, *, is_trained: bool) -> None:
     frames = data.images_as_events.timesteps if data.images_as_events else None
     for number, phase in enumerate(config.phases):
         if frames is not None and phase.most_timesteps > frames:
-            raise WrongValue(
-                f"phases.{number}.timesteps",
-                f"{phase.most_timesteps} exceeds data.images_as_events' {frames} frames; set "
-                f"{frames} or less",
-            )
+            most = f"{phase.most_timesteps} exceeds the {frames} frames of data.images_as_events"
+            raise WrongValue(f"phases.{number}.timesteps", f"{most}; set {frames} or less")
 
 
 def check(config: RunConfig, *, is_trained: bool) -> None:
@@ -103,18 +99,9 @@ def _check_phase(config: RunConfig, number: int) -> None:
         )
     if phase.optimizer == "continue":
         return
-    epochs = schedule_epochs(config.phases, number)
-    outside, added = phase.warmup_epochs + phase.cooldown_epochs, ""
-    if phase.cooldown_epochs:
-        added = f" and cooldown_epochs, {phase.cooldown_epochs},"
-    if outside >= epochs:
-        below = f"must be below the schedule's {counted(epochs, 'epoch')}"
-        raise WrongValue(f"{place}.warmup_epochs", f"{phase.warmup_epochs:g}{added} {below}")
-    peak = optimizer.peak_lr(config.batch.global_)
-    for key, rate in (("warmup_lr", phase.warmup_lr), ("min_lr", phase.min_lr)):
-        if rate > peak:
-            above = f"{rate:g} must not be above the peak of the learning rate, {peak:g}"
-            raise WrongValue(f"{place}.{key}", above)
+    with within(place):
+        peak = optimizer.peak_lr(config.batch.global_)
+        phase.check_schedule(schedule_epochs(config.phases, number), peak)
 
 
 def _check_input(config: RunConfig) -> None:

@@ -121,10 +121,10 @@ def section_at(root: type[BaseModel], location: Sequence[str]) -> type[BaseModel
     section, parts = root, iter(location)
     for part in parts:
         field = next((f for n, f in section.model_fields.items() if part in (n, f.alias)), None)
-        found = _section_in(field.annotation) if field else None
-        if field is None or found is None:
+        inner = _section_in(field.annotation) if field else None
+        if field is None or inner is None:
             return None
-        section = found
+        section = inner
         if get_origin(field.annotation) in (tuple, dict):
             next(parts, None)
     return section

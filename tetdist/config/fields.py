@@ -33,8 +33,8 @@ def _names(value: Any) -> Any:
 
 def _steps(value: Any) -> Any:
     """Parse the first and the last step from a pair or from text such as 20..30."""
-    if isinstance(value, str) and (found := re.fullmatch(r"(\d+)\.\.(\d+)", value)):
-        return int(found[1]), int(found[2])
+    if isinstance(value, str) and (match := re.fullmatch(r"(\d+)\.\.(\d+)", value)):
+        return int(match[1]), int(match[2])
     pair = _as_tuple(value)
     if not isinstance(pair, tuple) or len(pair) != 2:
         raise ValueError("must be the first and the last step, such as [20, 30] or 20..30")

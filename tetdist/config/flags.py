@@ -19,18 +19,18 @@ MOST_PREFETCHED = 64  # batches
 class Parser(argparse.ArgumentParser):
     """A parser that refuses abbreviated flags, and suggests one for a mistaken flag."""
 
-    def __init__(self, **given: Any) -> None:
-        super().__init__(allow_abbrev=False, **given)
+    def __init__(self, **options: Any) -> None:
+        super().__init__(allow_abbrev=False, **options)
 
     def error(self, message: str) -> NoReturn:
         """Print a mistake as one sentence, without the list of all flags, and exit."""
         flags = re.findall(r"--[\w.-]+", message) if message.startswith("unrecognized") else []
         hints = [self.meant(flag) for flag in flags]
-        wanted = [str(one.metavar) for one in self._get_positional_actions()]
+        names = [str(argument.metavar) for argument in self._get_positional_actions()]
         if message.startswith("one of the arguments"):  # it names the flags that may replace one
-            message = f"give {' and '.join(wanted)}"
+            message = f"give {' and '.join(names)}"
         key = re.match(r"unrecognized arguments: (\w+)[\w.]*=", message)
-        if key and "RUN_OR_FILE" in wanted:
+        if key and "RUN_OR_FILE" in names:
             flag = f"--{key[1]}" if f"--{key[1]}" in self._option_string_actions else "flags"
             hints.append(f"use {flag}, not keys")
         if value := re.search(r"invalid choice: '(.*?)'.*choose from (.*)\)", message):

@@ -34,14 +34,14 @@ def read_layers(
     values = read_yaml(path)
     base = values.pop("base", None)
     # Imported files are beside the configuration.
-    if imports := [str((path.parent / one).absolute()) for one in imports_of(values, path)]:
+    if imports := [str((path.parent / file).absolute()) for file in imports_of(values, path)]:
         values["imports"] = imports
     if base is None:
         return values, dict.fromkeys(flatten(values, items=True), str(path))
     if not isinstance(base, str):
         raise UserError(f"{path}: 'base' must be the name of a configuration, not {base!r}")
-    found = find(base, path.parent, f"{path}: base: ")
-    inherited, from_where = read_layers(found, find, (*above, path.resolve()))
+    base_file = find(base, path.parent, f"{path}: base: ")
+    inherited, from_where = read_layers(base_file, find, (*above, path.resolve()))
     # Two runs of one name would be one folder.
     inherited.pop("name", None)
     # Imports of both are kept: the base's values need the base's files.
@@ -54,10 +54,10 @@ def read_layers(
 
 def imports_of(raw: dict[str, Any], source: Path | str) -> list[str]:
     """Return the files that a configuration imports."""
-    found = raw.get("imports") or []
-    found = [found] if isinstance(found, str) else found
-    if isinstance(found, list) and all(isinstance(one, str) for one in found):
-        return found
+    files = raw.get("imports") or []
+    files = [files] if isinstance(files, str) else files
+    if isinstance(files, list) and all(isinstance(file, str) for file in files):
+        return files
     raise UserError(f"{source}: 'imports' must be a list of files, such as [my_snn.py]")
 
 
@@ -93,11 +93,11 @@ def _items_over(base: list[Any], own: dict[str, Any], source: str, place: str) -
 def overridden(origins: Mapping[str, str], values: dict[str, Any], key: str) -> dict[str, str]:
     """Update origins after an override has set a key, or a section, of ``values``."""
 
-    def is_inside(one: str) -> bool:
-        return one == key or one.startswith(f"{key}.")
+    def is_inside(other: str) -> bool:
+        return other == key or other.startswith(f"{key}.")
 
-    kept = {one: source for one, source in origins.items() if not is_inside(one)}
-    return kept | {one: COMMAND_LINE for one in flatten(values, items=True) if is_inside(one)}
+    kept = {other: source for other, source in origins.items() if not is_inside(other)}
+    return kept | {other: COMMAND_LINE for other in flatten(values, items=True) if is_inside(other)}
 
 
 def annotated(text: str, origins: Mapping[str, str]) -> str:

@@ -24,8 +24,8 @@ class KeyParser(Parser):
 
     def add_config(self) -> None:
         """Add ``--config``, which `require_config` checks."""
-        given = "YAML file, or its name in configs/"
-        self.add_argument("--config", metavar="NAME", action="append", help=given)
+        about = "YAML file, or its name in configs/"
+        self.add_argument("--config", metavar="NAME", action="append", help=about)
 
     def require_config(self, options: Namespace) -> None:
         """Exit unless one configuration is given; a file's name without its flag is a mistake."""
@@ -34,6 +34,6 @@ class KeyParser(Parser):
             hint = f"write --config {name}" if name else "give a YAML file, or its name in configs/"
             self.error(f"--config is missing; {hint}")
         if len(options.config) > 1:
-            given = " and as ".join(options.config)
-            self.error(f"--config is given twice, as {given}; leave out one")
+            names = " and as ".join(options.config)
+            self.error(f"--config is given twice, as {names}; leave out one")
         (options.config,) = options.config

@@ -15,7 +15,7 @@ from tetdist.config.inheritance import COMMAND_LINE, imports_of, overridden, rea
 from tetdist.config.messages import checked, refusing
 from tetdist.config.overrides import apply_override, key_of, refuse_repeated
 from tetdist.config.schema import RunConfig
-from tetdist.config.sections.model import ModelSection, network_neuron, neuron_of
+from tetdist.config.sections.model import network_neuron, neuron_of
 from tetdist.config.yaml_files import read_yaml
 from tetdist.errors import UserError, WrongValue, typed
 from tetdist.nn import neurons
@@ -58,6 +58,12 @@ class Draft:
         file = self.origins.get("data.root", COMMAND_LINE)
         return "" if file == COMMAND_LINE else data_command(file)
 
+    @property
+    def neuron_keys(self) -> dict[str, Any]:
+        """The keys of the neuron that are given, which the network completes."""
+        keys: Any = self.config.model.neuron
+        return dict(keys)
+
     def refusing(self, *place: str) -> AbstractContextManager[None]:
         """Say of wrong values below a place of the configuration where they are from."""
         return refusing(RunConfig, self.source, self.overrides, self.origins, place)
@@ -66,17 +72,15 @@ class Draft:
         """Refuse mistakes that show without the network, whose import takes seconds."""
         with self.refusing():
             check_early(self.config, is_trained=self.is_trained)
-        given: Any = self.config.model.neuron
-        if "kind" in given:
-            self._given_of(given["kind"])
+        if kind := self.neuron_keys.get("kind"):
+            self._neuron_keys_of(kind)
 
     def completed(self) -> RunConfig:
         """Return the configuration with its network's neuron, checked against what it names."""
-        model: ModelSection = self.config.model
-        given: Any = model.neuron
-        kind = given.get("kind") or neurons.kind_of(network_neuron(model.name))
+        model = self.config.model
+        kind = self.neuron_keys.get("kind") or neurons.kind_of(network_neuron(model.name))
         with self.refusing("model", "neuron"):
-            neuron = neuron_of(self._given_of(kind), model.name)
+            neuron = neuron_of(self._neuron_keys_of(kind), model.name)
         model = model.model_copy(update={"neuron": neuron})
         config = self.config.model_copy(update={"model": model})
         with self.refusing():
@@ -85,18 +89,17 @@ class Draft:
                 self._check_that_the_loss_reads_all(config)
         return config
 
-    def _given_of(self, kind: str) -> dict[str, Any]:
+    def _neuron_keys_of(self, kind: str) -> dict[str, Any]:
         """Return the given keys of the neuron without those that only other kinds have.
 
         Such a key is refused, unless the kind was chosen later: on the command line, or in a file
         that inherits the key.
         """
-        given: Any = self.config.model.neuron
         own = {"kind", *(one.name for one in fields(NEURONS[kind]))}
         chosen_in = {
             self.origins.get(f"model.{key}", self.source) for key in ("neuron.kind", "name")
         }
-        for key in sorted(given.keys() - own):
+        for key in sorted(self.neuron_keys.keys() - own):
             place = self.origins.get(f"model.neuron.{key}", self.source)
             is_chosen_later = place != self.source or COMMAND_LINE in chosen_in
             if place == COMMAND_LINE or not is_chosen_later:
@@ -107,7 +110,7 @@ class Draft:
                     f"model.neuron.{key} has no effect with model.neuron.kind={kind}; remove it, "
                     f"or set model.neuron.kind={' or '.join(has)}"
                 )
-        return {key: value for key, value in given.items() if key in own}
+        return {key: value for key, value in self.neuron_keys.items() if key in own}
 
     def _check_that_the_loss_reads_all(self, config: RunConfig) -> None:
         """Refuse a key that the user's own loss does not read, unless it was set for another loss.
@@ -203,9 +206,9 @@ def data_command(file: str | Path) -> str:
     entry = re.search(r"^# data  +(.*\n(?:#   .*\n)*)", Path(file).read_text(), re.MULTILINE)
     lines = [line.lstrip("# ") for line in entry[1].splitlines()] if entry else []
     # Further arguments, -- and so on, continue the line before.
-    wanted = takewhile(re.compile(r"(python|git|apt-get|--)").match, lines)
-    command = " && ".join(wanted).replace(" && --", " --")
-    return re.sub(r"python tools/(\w+)\.py", lambda found: typed(found[1]), command)
+    commands = takewhile(re.compile(r"(python|git|apt-get|--)").match, lines)
+    command = " && ".join(commands).replace(" && --", " --")
+    return re.sub(r"python tools/(\w+)\.py", lambda name: typed(name[1]), command)
 
 
 def load_written(path: Path) -> RunConfig:

@@ -81,23 +81,26 @@ def refusing(
     try:
         yield
     except pydantic.ValidationError as error:
-        found = [_located(one, place) for one in error.errors()]
+        mistakes = [_located(mistake, place) for mistake in error.errors()]
     except WrongValue as error:
-        found = [_contradiction(error, place)]
+        mistakes = [_contradiction(error, place)]
     else:
         return
     problems_by_origin: dict[str, list[str]] = {}
     bases = {file for file in (origins or {}).values() if file.endswith(".yaml")} - {source}
     hint = ""
-    for one in found:
+    for mistake in mistakes:
         # Errors of a list or mapping around a mistake say nothing more.
-        if any(_is_in(other["loc"], one["loc"]) and other["loc"] != one["loc"] for other in found):
+        if any(
+            _is_in(other["loc"], mistake["loc"]) and other["loc"] != mistake["loc"]
+            for other in mistakes
+        ):
             continue
-        override = _override_of(one, overrides)
-        problem = _explain(section, one, override)
-        if one["type"] == "missing" and one["loc"][0] == "phases" and bases:
+        override = _override_of(mistake, overrides)
+        problem = _explain(section, mistake, override)
+        if mistake["type"] == "missing" and mistake["loc"][0] == "phases" and bases:
             hint = " (a list replaces the base's; to change some keys, write phases: {0: ...})"
-        origin = override or (origins or {}).get(".".join(one["loc"])) or source
+        origin = override or (origins or {}).get(".".join(mistake["loc"])) or source
         if override is not None and problem.startswith((f"{override} ", f"{override}: ")):
             problems_by_origin[problem] = []  # it names the override itself
         else:
@@ -140,12 +143,12 @@ def _override_of(error: Any, overrides: Sequence[str]) -> str | None:
             return override
     # A contradiction may be due to the other key that its text names.
     words = re.findall(r"[\w.]+", error["msg"]) if error["type"] == "contradiction" else []
-    return next((one for one in overrides if key_of(one) in words), None)
+    return next((override for override in overrides if key_of(override) in words), None)
 
 
 def _explain(root: type[BaseModel], error: Any, override: str | None) -> str:
     """Return one of pydantic's errors as a part of a sentence."""
-    location, dotted, given = error["loc"], ".".join(error["loc"]), error["input"]
+    location, dotted, value = error["loc"], ".".join(error["loc"]), error["input"]
     # The override is named before the problem, with its key and value.
     is_named = override is not None and key_of(override) == dotted
     match error["type"]:
@@ -155,25 +158,25 @@ def _explain(root: type[BaseModel], error: Any, override: str | None) -> str:
             key = "unknown key" if is_named else f"unknown key {dotted!r}"
             if nested := location[-1].count("."):
                 if "overrides" in keys_of(section_at(root, location[:-1]) or root):  # of a study
-                    return f"{key}; write it in overrides: {{{location[-1]}: {json.dumps(given)}}}"
-                written = f"{location[-1].replace('.', ': {')}: {json.dumps(given)}{'}' * nested}"
+                    return f"{key}; write it in overrides: {{{location[-1]}: {json.dumps(value)}}}"
+                written = f"{location[-1].replace('.', ': {')}: {json.dumps(value)}{'}' * nested}"
                 return f"{key}; in a file write `{written}`; dotted keys are for the command line"
             # Below an unknown section, the last word may be right at another place.
             whole = key_of(override).split(".") if override else []
             hint = nearest(root, max([*location], whole, key=len))
-            if isinstance(given, str):  # such as neuron=plif
+            if isinstance(value, str):  # such as neuron=plif
                 hint = re.sub(r"\.(neuron|optimizer)'", r".\1.kind'", hint)
             return f"{key}; {nearest(root, location) if hint.startswith('known') else hint}"
         case "missing":
             return f"{dotted!r} is missing"
         case "model_type" if (section := section_at(root, location)) is not None:
             keys = keys_of(section)
-            known = f"{dotted!r} holds keys ({', '.join(keys)}), not the value {given!r}"
-            usual = ["root" if "/" in str(given) else "kind", "kind", keys[0]]
+            known = f"{dotted!r} holds keys ({', '.join(keys)}), not the value {value!r}"
+            usual = ["root" if "/" in str(value) else "kind", "kind", keys[0]]
             return f"{known}; set {dotted}.{next(k for k in usual if k in keys)}, for instance"
         case "tuple_type" | "list_type" if dotted == "phases":
             return f"{dotted!r} is a list; set a phase's keys, such as {dotted}.0.epochs"
-    if is_named and given is None:
+    if is_named and value is None:
         return f"{override} has no value; give one, or leave it out"
     message = error["msg"][0].lower() + error["msg"][1:]
     if (text := _MESSAGES.get(error["type"])) is not None:
@@ -185,12 +188,12 @@ def _explain(root: type[BaseModel], error: Any, override: str | None) -> str:
         takes = documented.takes if documented else "number"
         message = f"must be {'an' if takes.startswith('integer') else 'a'} {takes}"
         if documented and error["type"] == "tuple_type":
-            example = f"such as [{json.dumps(given or 0)}]"  # right for a list of any length
+            example = f"such as [{json.dumps(value or 0)}]"  # right for a list of any length
             shown = documented.default if "," in documented.default else example
             message += f", in brackets ({shown})"
     if is_named:
         return f"{override} {message}" if message.startswith("must") else message
-    shown = "" if isinstance(given, dict) else f", not {given!r}"
+    shown = "" if isinstance(value, dict) else f", not {value!r}"
     return f"{dotted!r}: {message}{shown}"
 
 
@@ -203,8 +206,8 @@ def nearest(root: type[BaseModel], location: Sequence[str]) -> str:
     section, keys = section_at(root, place), documented_keys(root)
     known = keys_of(section or root)
     # The right word at a wrong place, or else a misspelt word.
-    found = (_place_of(last, key) for key in keys)
-    elsewhere = list(dict.fromkeys(filter(None, found)))
+    places = (_place_of(last, key) for key in keys)
+    elsewhere = list(dict.fromkeys(filter(None, places)))
     in_place = [key for key in elsewhere if key.split(".")[0] in place]
     alike = filter(None, [wording.nearest(".".join([*place, last]), elsewhere, 0.8)])
     elsewhere = in_place or [*alike] or elsewhere

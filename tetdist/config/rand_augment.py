@@ -47,14 +47,14 @@ def rand_augment(text: str) -> RandAugment:
     """
     values: dict[str, float] = {}
     for part in text.split("-")[1:]:
-        found = re.fullmatch(r"([a-z]+)(\d+(?:\.\d+)?)", part)
-        if found is None or found[1] not in _BOUNDS:
+        match = re.fullmatch(r"([a-z]+)(\d+(?:\.\d+)?)", part)
+        if match is None or match[1] not in _BOUNDS:
             *known, last = _BOUNDS
             raise ValueError(
                 f"must consist of {', '.join(known)} and {last}, each with a number, as in "
                 f"{EXAMPLE} (unknown: {part!r})"
             )
-        key, value = found[1], float(found[2])
+        key, value = match[1], float(match[2])
         low, high, is_whole = _BOUNDS[key]
         if not low <= value <= high or (is_whole and not value.is_integer()):
             kind = "an integer" if is_whole else "a number"

@@ -21,8 +21,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
     with open_file(path) as file:
         raw = _plain(file.read(), str(path))
     if not isinstance(raw, dict):
-        found = "but is empty" if raw is None else f"not a {type(raw).__name__}"
-        raise UserError(f"{path} must hold keys and values, {found}")
+        kind = "but is empty" if raw is None else f"not a {type(raw).__name__}"
+        raise UserError(f"{path} must hold keys and values, {kind}")
     return raw
 
 

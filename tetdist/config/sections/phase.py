@@ -13,6 +13,7 @@ from tetdist.config.fields import TIMM, Epochs, OneOf, OpenFraction, Section, Ti
 from tetdist.config.flags import MOST_TIMESTEPS
 from tetdist.config.sections.loss import LossSection
 from tetdist.errors import WrongValue
+from tetdist.wording import counted
 
 
 class OptimizerSection(Section):
@@ -82,8 +83,8 @@ class OptimizerSection(Section):
 def _timesteps(value: Any) -> Any:
     """Refuse, in one sentence for all three forms, what is no T, no list of them and no range."""
     is_range = isinstance(value, dict) and value.keys() == {"from", "to"}
-    given = [value["from"], value["to"]] if is_range else value
-    several = given if isinstance(given, list) else [given]
+    numbers = [value["from"], value["to"]] if is_range else value
+    several = numbers if isinstance(numbers, list) else [numbers]
     right = several and all(type(t) is int and 1 <= t <= MOST_TIMESTEPS for t in several)
     if not right or (is_range and several[0] > several[1]):
         raise ValueError(
@@ -130,6 +131,17 @@ class PhaseSection(Section):
     clock_after_warmup: bool = True
     """Start the schedule at the end of the warm-up. False: it starts with the phase, so that the
     rate after the warm-up is below the peak, as with timm's cosine."""
+
+    def check_schedule(self, epochs: int, peak: float) -> None:
+        """Refuse a warm-up or learning rates that do not suit the schedule's epochs and peak."""
+        added = f" and cooldown_epochs, {self.cooldown_epochs}," if self.cooldown_epochs else ""
+        if self.warmup_epochs + self.cooldown_epochs >= epochs:
+            below = f"must be below the schedule's {counted(epochs, 'epoch')}"
+            raise WrongValue("warmup_epochs", f"{self.warmup_epochs:g}{added} {below}")
+        for key, rate in (("warmup_lr", self.warmup_lr), ("min_lr", self.min_lr)):
+            if rate > peak:
+                above = f"{rate:g} must not be above the peak of the learning rate, {peak:g}"
+                raise WrongValue(key, above)
 
     @property
     def choices(self) -> tuple[int, ...]:
