@@ -1,7 +1,7 @@
-"""Published networks as golden files: names and shapes of their weights, and what they compute.
+"""Published networks as a golden file: names and shapes of their weights, and what they compute.
 
-The files in golden/networks come from definitions of these networks in plain torch, with weights
-and inputs drawn here. Their numbers are the same on every processor.
+The numbers in golden/networks.json come from definitions of these networks in plain torch, with
+weights and inputs drawn here. They are the same on every processor.
 """
 
 import json
@@ -22,8 +22,8 @@ from tetdist.models import SpikingNetwork
 
 assert tetdist.__doc__  # registers the models
 
-FOLDER = Path(__file__).parent / "golden" / "networks"
-NAMES = sorted(path.stem for path in FOLDER.glob("*.json"))
+FILE = Path(__file__).parent / "golden" / "networks.json"
+NAMES = sorted(json.loads(FILE.read_text()))
 BATCH = 3
 _OF_NORM = ("weight", "bias", "running_mean", "running_var")
 
@@ -53,7 +53,7 @@ class Published:
 
     def __init__(self, name: str, **of: Any) -> None:
         self.name = name
-        of = of or json.loads((FOLDER / f"{name}.json").read_text())
+        of = of or json.loads(FILE.read_text())[name]
         self.model: str = of["model"]
         self.arguments: dict[str, Any] = of["arguments"]
         self.source: str = of["source"]
