@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import assert_never
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -68,16 +67,10 @@ def make_model(
         layers_of(model)
     if hasattr(model, "set_execution"):
         model.set_execution(config.execution)
-    match config.recompute:
-        case "none":
-            pass
-        case "blocks":
-            _call(section.name, model, "set_grad_checkpointing", True)
-        case SegmentsSection():
-            _call(section.name, model, "set_grad_checkpointing", True)
-            _call(section.name, model, "set_segment", config.recompute.timesteps)
-        case never:
-            assert_never(never)
+    if config.recompute != "none":
+        _call(section.name, model, "set_grad_checkpointing", True)
+    if isinstance(config.recompute, SegmentsSection):
+        _call(section.name, model, "set_segment", config.recompute.timesteps)
     return model
 
 

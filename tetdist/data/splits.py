@@ -1,7 +1,5 @@
 """The splits of a run, checked against their files, the configuration and each other."""
 
-from typing import assert_never
-
 from tetdist.config.schema import RunConfig
 from tetdist.data.build import check_augmentation
 from tetdist.datasets import held_out, recorded_split
@@ -42,13 +40,8 @@ def open_data(config: RunConfig, world: World) -> tuple[Index, Index]:
 
 def _recordings(config: RunConfig, index: Index) -> list[str] | None:
     """Return the recording that each sample was cut from; None if none was cut."""
-    match config.data.kind:
-        case "images":
-            return None
-        case "events":
-            known = recorded_split.recordings_of(config.data.root)
-        case other:
-            assert_never(other)
+    is_cut = config.data.kind == "events"
+    known = recorded_split.recordings_of(config.data.root) if is_cut else None
     if known is None:
         return None
     keys = [index.path(i).partition("/")[2].removesuffix(".npy") for i in range(len(index))]
