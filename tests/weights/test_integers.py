@@ -266,11 +266,11 @@ def test_a_sum_that_could_overflow_is_refused_with_its_layer(tmp_path):
     ("network", "neuron", "words"),
     [
         ("convnet", {"kind": "psn", "timesteps": T}, "has psn neurons without integers"),
-        ("convnet", {"spike": "sigmoid", "surrogate": "sigmoid"}, "lif neurons without whole"),
+        ("convnet", {"spike": "sigmoid", "surrogate": "sigmoid"}, "lif neurons without integers"),
         ("sew, iand", {}, "joins spikes by iand, and --int8 takes connect_function add"),
     ],
 )
-def test_what_whole_numbers_cannot_express_is_refused(network, neuron, words, output_of, tmp_path):
+def test_what_integers_cannot_express_is_refused(network, neuron, words, output_of, tmp_path):
     file, path = save(network, tmp_path, **neuron), tmp_path / "whole"
     output = output_of(
         "export", file, "--int8", "--format", "safetensors", "--output", path, status=2
