@@ -185,28 +185,28 @@ def processes(runs: Runs, quick: bool) -> list[str]:
 
 def stages(runs: Runs, quick: bool) -> list[str]:
     """Return the table of DeepSpeed's stages and its controls, and the only cause of drift."""
-    one = runs("float32-0-1")
+    single = runs("float32-0-1")
     cases = [(0, 2), (1, 1)] if quick else [(0, 2), (0, 4), (1, 1), (1, 2), (1, 4), (2, 2), (2, 4)]
-    found = [
+    named_runs = [
         (
             f"stage {stage}, {world} process" + "es" * (world > 1),
             runs(f"float32-{stage}-{world}", f"zero_stage={stage}", world=world),
         )
         for stage, world in cases
     ]
-    found += [
+    named_runs += [
         ("control: 1 process, 2 threads", runs("control-threads", threads=2)),
         ("control: 1 process, weights contiguous", runs("control-contiguous", contiguous=True)),
     ]
     fused = runs("control-fused", "execution=fused")
-    found.append(("control: 1 process, fused kernels", fused))
+    named_runs.append(("control: 1 process, fused kernels", fused))
     rows = [
         [name]
         + [
-            f"{loss_difference(run, one, range(first, last + 1)):.1e}"
+            f"{loss_difference(run, single, range(first, last + 1)):.1e}"
             for first, last in ((1, 3), (4, 10), (11, 20), (21, STEPS))
         ]
-        for name, run in found
+        for name, run in named_runs
     ]
     head = ["DeepSpeed, float32", "loss, steps 1-3", "4-10", "11-20", f"21-{STEPS}"]
     control, stage1 = runs.folder / "control-contiguous", runs.folder / "float32-1-1"

@@ -207,9 +207,9 @@ COMPARED = ("samples and pixels", "loss", "parameters", "running statistics", "e
 
 def compare(a: Path, b: Path) -> list[str]:
     """`COMPARED` of two runs, as cells; with a moving average there is one cell more for it."""
-    ours, theirs = weights(a), weights(b)
-    buffers = [key for key in ours if "running" in key]
-    parameters = [key for key in ours if "running" not in key]
+    tensors, control = weights(a), weights(b)
+    buffers = [key for key in tensors if "running" in key]
+    parameters = [key for key in tensors if "running" not in key]
     answers = [
         [
             (kind, line["samples"], line["per_timestep_top1"])
@@ -221,8 +221,8 @@ def compare(a: Path, b: Path) -> list[str]:
     cells = [
         "the same" if samples(a) == samples(b) else "DIFFERENT",
         f"{loss_difference(a, b):.1e}",
-        f"{max(relative(ours[key], theirs[key]) for key in parameters):.1e}",
-        f"{max(relative(ours[key], theirs[key]) for key in buffers):.1e}",
+        f"{max(relative(tensors[key], control[key]) for key in parameters):.1e}",
+        f"{max(relative(tensors[key], control[key]) for key in buffers):.1e}",
         "the same" if answers[0] == answers[1] else "DIFFERENT",
     ]
     if averages := average(b):
@@ -239,11 +239,11 @@ def identical(a: Path, b: Path, *, but: tuple[str, ...] = ()) -> str:
     """
     ignored = (*OF_THE_CLOCK, *but)
     for kind in ("train", "val", "val_ema"):
-        ours, theirs = (
+        metrics, other_metrics = (
             [{k: v for k, v in line.items() if k not in ignored} for line in lines(run, kind)]
             for run in (a, b)
         )
-        if ours != theirs:
+        if metrics != other_metrics:
             return "NO: metrics"
     for name, of_run in (("weights", weights), ("moving average", average)):
         tensors, others = of_run(a), of_run(b)

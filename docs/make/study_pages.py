@@ -197,8 +197,10 @@ def _at_first(runs: list[dict[str, Any]], entry: str, control: str) -> Differenc
     """Return the difference at T=1, also of studies that do not list it; None if untested."""
     first = {(run["entry"], run["seed"]): run["by_timestep"][0] for run in runs}
     seeds = [seed for name, seed in first if name == entry and (control, seed) in first]
-    ours, theirs = ([first[name, seed] for seed in seeds] for name in (entry, control))
-    return None if None in (*ours, *theirs) else of_study.paired_difference(ours, theirs)
+    top1, control_top1 = ([first[name, seed] for seed in seeds] for name in (entry, control))
+    if None in (*top1, *control_top1):
+        return None
+    return of_study.paired_difference(top1, control_top1)
 
 
 def number_of_tests(comparisons: Iterable[Tested]) -> int:
@@ -218,12 +220,12 @@ def significance(comparisons: Iterable[Tested]) -> str:
 def tet_against_sdt(by_link: dict[str, dict[str, Any]]) -> str:
     """Return the table of entries that differ from their control in `loss.kind` alone."""
     every, rows, before = tested(by_link), list[list[str]](), ""
-    for one in every:
-        title = f"[{one.title}]({one.link}): " if one.link != before else ""
-        before = one.link
-        row = [f"{title}`{one.entry}` - `{one.control}`", str(one.timesteps), str(one.last.n)]
-        row += [_tested(one.last, one.p), f"{detectable(one.last):.2f}"]
-        rows.append([*row, "" if one.first is None else _tested(one.first, one.p_first)])
+    for test in every:
+        title = f"[{test.title}]({test.link}): " if test.link != before else ""
+        before = test.link
+        row = [f"{title}`{test.entry}` - `{test.control}`", str(test.timesteps), str(test.last.n)]
+        row += [_tested(test.last, test.p), f"{detectable(test.last):.2f}"]
+        rows.append([*row, "" if test.first is None else _tested(test.first, test.p_first)])
     return (
         "\n## TET against SDT\n\nAll comparisons of an entry with its study's control in which "
         "only the loss differs: points of top-1 after the last epoch, paired by seed, at the T of "
