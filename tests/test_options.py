@@ -44,7 +44,7 @@ def parsers(command):
 
 def options():
     """A line for each key, and for each command with its positions and flags."""
-    lines = [*documented_keys()]
+    lines = sorted(documented_keys())
     for command in COMMANDS:
         for name, parser in parsers(command).items() if command != "torchrun" else ():
             flags = ["/".join(a.option_strings) or a.dest.upper() for a in parser._actions]

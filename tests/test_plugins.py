@@ -306,40 +306,19 @@ OWN = {
 }
 # What makes a run use a file, the file, and what is said of it.
 LATER = [
-    (
-        "loss.kind=a",
-        LOSS.format("a", "y): return logits.mean((0, 2))"),
-        "a has the shape (2,), not",
-    ),
-    (
-        "loss.kind=b",
-        LOSS.format("b", "y): return 0.5"),
-        "b returns 0.5, not a tensor of the shape ()",
-    ),
+    ("loss.kind=a", LOSS.format("a", "y): return logits.mean((0, 2))"), "has the shape (2,), not"),
+    ("loss.kind=b", LOSS.format("b", "y): return 0.5"), "returns 0.5, not a tensor of the shape"),
     ("loss.kind=c", LOSS.format("c", "y): return logits.detach().mean()"), "c has no gradient"),
     ("loss.kind=own", LOSS.format("b", "y): ..."), "--import FILE.py; not registered in bad.py"),
-    (
-        *("loss.kind=d", LOSS.format("d", "y, epoch): ...")),
-        "(logits, targets), but: missing a required argument: 'epoch'; set any other parameter in",
-    ),
+    ("loss.kind=d", LOSS.format("d", "y, epoch): ..."), "'epoch'; set any other parameter in"),
     ("loss={kind: f, label_smoothing: 0.5, arguments: {gamma: 2}}", SMOOTH, "returns 2.5, not a"),
     ("loss={kind: f, lambda: 0.1, arguments: {gamma: 2}}", SMOOTH, "loss.lambda has no effect"),
-    *(
-        ("model.neuron.kind=own", NEURON.format(DATACLASS, body), text)
-        for body, text in OWN.items()
-    ),
-    (
-        *("model.neuron.kind=own", NEURON.format("", "width: float = 1.0")),
-        "put @dataclass(frozen=True, kw_only=True) above it",
-    ),
+    *(("model.neuron.kind=own", NEURON.format(DATACLASS, body), OWN[body]) for body in OWN),
+    ("model.neuron.kind=own", NEURON.format("", "a: float = 1.0"), f"put {DATACLASS[:-1]} above"),
     ("model={name: a}", RELU.format("a", "**_"), "pass on neuron alone"),
     ("model={name: b}", RELU.format("b", ""), "no timesteps, no set_timesteps, no num_classes, no"),
     ("model={name: none}", MODEL.format("none"), "the function none must return a network"),
-    (
-        *("model={name: plain}", WITHOUT_T),
-        "the network returned (2, 4) for 2 samples at T = 2; with per_timestep=True it must "
-        "return logits (2, 2, 4)",
-    ),
+    ("model={name: plain}", WITHOUT_T, "with per_timestep=True it must return logits (2, 2, 4)"),
     ("model={name: headless}", HEADLESS, "MySNN: call set_stages() before set_head()"),
     ("model={name: hidden}", HIDDEN, "MySNN: call set_head() at the end of __init__"),
     ("model={name: deeper}", DEEPER, "in blocks.0.conv of deeper ... may be the cause"),

@@ -83,23 +83,17 @@ def test_a_single_nan_is_called_wrong(here, monkeypatch, name):
 
 OTHERS = "rank 1 has other weights than rank 0"
 AVERAGE = "by another average than one process computes alone"
-BASE, OVERLAP = "tetdist.training.engines.base:", "tetdist.distributed.overlap:OverlappedMean."
 MADE_UP, STEP = "tetdist.apps.check_gpu.made_up:", "tetdist.training.step:Step."
 RANK = "__import__('torch').distributed.get_rank()"
 # Name: the function and its line, what it has instead (see faults.py), and what the check says.
 # fmt: off
 AVERAGES = {
     "none": None,
-    "sums are dropped": (
-        f"{OVERLAP}finish", "torch._foreach_copy_(grads, parts)", "pass", OTHERS),
-    "a sum": (f"{OVERLAP}finish", "flat.div_(self._world_size)", "pass", AVERAGE),
-    "an earlier micro-batch is left out": (
-        f"{OVERLAP}_begin", "join(bucket, self.earlier)", "pass", OTHERS),
     "a micro-batch is lost": (
         "tetdist.training.engines.torch_engine:TorchEngine._run_backward",
         "loss /", "loss * (self.mean._backward_passes % 2) /", AVERAGE),
     "another learning rate on rank 1": (
-        f"{BASE}set_lr", "lr * group", f"(1 + {RANK}) * lr * group", OTHERS),
+        "tetdist.training.engines.base:set_lr", "lr * group", f"(1 + {RANK}) * lr * group", OTHERS),
     "statistics of each process": (
         f"{MADE_UP}training_step", "if config.batch_norm.sync:", "if False:", AVERAGE),
     "running statistics of rank 0": (

@@ -198,13 +198,7 @@ def flipped(data):
 
 @pytest.mark.parametrize(
     "spoil",
-    [
-        lambda data: data[:0],
-        lambda data: data[:100],
-        lambda data: data[: len(data) // 2],
-        lambda data: data[: len(data) - 20],
-        flipped,
-    ],
+    [*(lambda data, n=n: data[: int(n * len(data))] for n in (0, 0.1, 0.5, 0.99)), flipped],
 )
 def test_a_damaged_index_is_noticed(image_root, tmp_path, spoil):
     file = saved(image_root, tmp_path)

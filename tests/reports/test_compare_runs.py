@@ -89,10 +89,7 @@ def compared(run_tool, tmp_path):
             "largest relative difference: 0.5 (train/top1 at step 7)",
         ),
         ({("val", 10): {"per_timestep_top1": [40.0, 25.0]}}, "val/top1_t2 50 25 "),
-        (
-            {("val", 10): {"firing_rate": {"sn": 0.5, "b": 1.0}}},
-            "val/firing_rate/sn 0.25 0.5 largest relative difference: 0.5 (val/firing_rate/sn at ",
-        ),
+        ({("val", 10): {"firing_rate": {"sn": 0.5, "b": 1.0}}}, "ce: 0.5 (val/firing_rate/sn at"),
         ({("train", 6): {"loss": "NaN"}}, "nan largest relative difference: inf"),
         ({("train", 6): {"loss": None}}, "the same values where both have one. Weights"),
         # Steps that one run lacks.
@@ -101,10 +98,7 @@ def compared(run_tool, tmp_path):
             "the same in 10 common lines. only a has 2 lines, the first at step 2 (train) "
             "only b has 1 line, the first at step 11 (val)",
         ),
-        (
-            dict.fromkeys(lines()) | {("val", 11): {"top1": 1.0, "loss": 1.0}},
-            "no common step. only a has 12 lines, the first at step 1",
-        ),
+        (dict.fromkeys(lines()) | {("val", 11): {"top1": 1.0}}, "no common step. only a has 12 "),
     ],
 )
 def test_where_metrics_differ(changes, expected, compared):
@@ -167,17 +161,15 @@ def test_a_key_that_an_older_version_lacks_has_its_default_and_a_long_value_is_w
     assert "1 different key.\n  phases.0.timesteps  a: 2; b: 1 to 3\n" in printed
 
 
+FIVE_SIX, IDENTICAL = {"step-05": [1.0], "step-06": [0.0]}, "at step 5: bitwise identical."
+
+
 @pytest.mark.parametrize(
     ("ours", "theirs", "status", "expected"),
     [
         # Of each step the last checkpoint counts; of the steps the last common one.
-        (
-            {"step-05": [5.0], "step-05.1": [1.0], "step-10": [2.0]},
-            {"step-05": [1.0], "step-06": [0.0]},
-            0,
-            "at step 5: bitwise identical.",
-        ),
-        ({"step-05": [math.nan]}, {"step-05": [math.nan]}, 0, "at step 5: bitwise identical."),
+        ({"step-05": [5.0], "step-05.1": [1.0], "step-10": [2.0]}, FIVE_SIX, 0, IDENTICAL),
+        ({"step-05": [math.nan]}, {"step-05": [math.nan]}, 0, IDENTICAL),
         ({"step-05": [0.0]}, {"step-05": [-0.0]}, 1, "at step 5: 1 of 2 tensors differ."),
         ({"step-05": [0.0]}, {"step-05": [0.0, 0.0]}, 1, "at step 5: 1 of 2 tensors differ."),
         ({"step-05": []}, {"step-05": [0.0]}, 1, "at step 5: 1 of 2 tensors differ."),

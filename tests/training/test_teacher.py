@@ -162,20 +162,17 @@ SELF = "loss.distillation.self_weight=0.5"
 
 
 # RELU is the run of the ReLU network, SEVEN a file of timm's network of seven classes.
+OF_NONE, SIZE_24 = f"{KEY}_weights=/nowhere", ("data.image_size=24", "data.resize=24")
+
+
 @pytest.mark.parametrize(
     ("overrides", "text"),
     [
         ([f"{KEY}=/nowhere"], f"{KEY}: there is no checkpoint /nowhere"),
-        (
-            [TAUGHT, "data.image_size=24", "data.resize=24", "model.arguments={}"],
-            "cannot take images of 24x24 pixels",
-        ),
+        ([TAUGHT, *SIZE_24, "model.arguments={}"], "cannot take images of 24x24 pixels"),
         ([TAUGHT, "model.num_classes=7"], "has 4 classes, but the student 7"),
-        (
-            [f"{KEY}=timm:resnet_of_nobody", f"{KEY}_weights=/nowhere"],
-            f"{KEY}: timm cannot make resnet_of_nobody",
-        ),
-        ([f"{KEY}={TIMM}", f"{KEY}_weights=/nowhere"], "there is no file /nowhere"),
+        ([f"{KEY}=timm:nobody", OF_NONE], f"{KEY}: timm cannot make nobody"),
+        ([f"{KEY}={TIMM}", OF_NONE], "there is no file /nowhere"),
         ([f"{KEY}={TIMM}", SEVEN], "has shape (7,) instead of (4,)"),
         ([TAUGHT, EVENTS], "was trained on images, but the data are events"),
         ([f"{KEY}={TIMM}", SEVEN, EVENTS], "takes images, but the data are events"),

@@ -252,6 +252,9 @@ def test_data_that_is_not_there(gone, parts, main, tiny_copy, tiny_config, tmp_p
     assert not (tmp_path / "runs").exists()
 
 
+PSN, SIZE_32 = {"model.neuron": {"kind": "psn", "timesteps": 2}}, {"data.image_size": 32}
+
+
 @pytest.mark.parametrize(
     ("changes", "parts"),
     [
@@ -259,19 +262,13 @@ def test_data_that_is_not_there(gone, parts, main, tiny_copy, tiny_config, tmp_p
         ({"model.arguments": {"channls": [4]}}, ("model.arguments", "channls")),
         ({"model.arguments": {"channels": [4, 8]}}, ("data.image_size=", "input_size=16")),
         ({"batch.global": 64, "batch.micro": 2}, ("47 samples, fewer than batch.global, 64",)),
-        (
-            {"data.image_size": 32, "data.resize": 36, "data.crop": "padded"},
-            ("20", "24", "padding=4"),
-        ),
+        (SIZE_32 | {"data.resize": 36, "data.crop": "padded"}, ("20", "24", "padding=4")),
         ({"data.mixup": 0.2, "batch.micro": 1}, ("batch.micro", "data.mixup")),
         ({"data.device": "gpu"}, ("data.device",)),
         ({"device": "cuda"}, ("device=cuda",)),
         ({"precision": "fp16"}, ("fp16 needs a GPU", "bf16 or fp32")),
         ({"cuda_graphs": True}, ("cuda_graphs=true needs a GPU",)),
-        (
-            {"model.neuron": {"kind": "psn", "timesteps": 2}, "recompute": {"timesteps": 1}},
-            ("recompute: psn neurons have weights over all T timesteps",),
-        ),
+        (PSN | {"recompute": {"timesteps": 1}}, ("psn neurons have weights over all T timesteps",)),
     ],
     ids=str,
 )

@@ -120,17 +120,9 @@ def test_table_names_networks_that_are_converted_and_is_listed(output_of):
 @pytest.mark.parametrize(
     ("name", "file", "claim"),
     [
-        (
-            "spiking_resnet18",
-            "spiking_resnet_18_checkpoint_319.pth",
-            "top-1 61.95 % for ImageNet at T=4",
-        ),
-        ("maxformer_10_384", "10-384-T4.pth.tar", "top-1 77.78 % for ImageNet at T=3"),
-        (
-            "i2e_msnet18_cifar10",
-            "cifar10_augmentation.pth.tar",
-            "top-1 89.23 % for CIFAR-10 at T=8",
-        ),
+        ("spiking_resnet18", "spiking_resnet_18_checkpoint_319.pth", "61.95 % for ImageNet at T=4"),
+        ("maxformer_10_384", "10-384-T4.pth.tar", "77.78 % for ImageNet at T=3"),
+        ("i2e_msnet18_cifar10", "cifar10_augmentation.pth.tar", "89.23 % for CIFAR-10 at T=8"),
     ],
 )
 def test_two_commands_fetch_and_evaluate(name, file, claim, host, output_of, tiny_root, tmp_path):
@@ -155,7 +147,7 @@ def test_two_commands_fetch_and_evaluate(name, file, claim, host, output_of, tin
     # In a cache of their own, fused kernels would be compiled anew.
     arguments = ["--data", tiny_root, "--execution", "reference", "--json", result]
     printed = output_of("eval", output, *arguments)
-    assert f"published: {claim} (https://github.com/" in printed
+    assert f"published: top-1 {claim} (https://github.com/" in printed
     found = json.loads(result.read_text())
     assert found["published"] == published.named(name).claim
     assert found["timesteps"] == found["published"]["timesteps"]

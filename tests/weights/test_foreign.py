@@ -245,9 +245,7 @@ def test_agrees_with_the_resnet19_of_tet_and_of_distillation(tmp_path):
     torch.save({"best_acc": 95.0, "best_epoch": 7, "best_net": state, "optimizer": {}}, file)
     read = foreign_files.read(file)
     assert read.keys() == state.keys()
-    with pytest.raises(
-        UserError, match=r"with different neurons; name its source with --from: decoupling, seal"
-    ):
+    with pytest.raises(UserError, match=r"name its source with --from: decoupling, seal"):
         foreign.source_of(read, file)
     of_tet = converted(tet_layout(state), "tet", ours("spiking_resnet19", **OF_RESNET19))
     with torch.no_grad():
@@ -278,13 +276,8 @@ STRIDED = {f"features.{i}.fwd.module.0.weight": torch.zeros(1) for i in range(8)
         (ONE, "spikingjelly", "sew_resnet50", "have the opposite IAND"),
         (ONE, "sew", "sew_resnet18", "torchvision's names, not those of the SEW-ResNet"),
         ({}, "timm", "spiking_convnet", "spiking_convnet has no counterpart"),
-        *(
-            (ONE, source, model, f"weights of {source} do not belong to {model}")
-            for model, source in (
-                ("preact_resnet18", "torchvision"),
-                ("sew_resnet18", "decoupling"),
-            )
-        ),
+        (ONE, "torchvision", "preact_resnet18", "do not belong to preact_resnet18"),
+        (ONE, "decoupling", "sew_resnet18", "weights of decoupling do not belong to sew_resnet18"),
     ],
 )
 def test_weights_of_another_network_are_refused(state, source, model, complaint):
@@ -323,11 +316,7 @@ def test_code_in_a_file_is_refused_and_not_executed(tmp_path):
             ("a.pth", content, "holds no state dict")
             for content in ([1, 2], {"epoch": 3}, {}, {0: torch.zeros(1)})
         ),
-        (
-            "a.pth",
-            {"a": torch.ones(2), "b": torch.tensor([1.0, torch.nan])},
-            r"holds NaN or infinity \(in b\), since its training diverged",
-        ),
+        ("a.pth", {"b": torch.tensor([1.0, torch.nan])}, r"infinity \(in b\), since its training"),
         ("a.pth", {"a": torch.ones(1).expand(10**9, 10**9)}, r"expanded or meta tensor \(a\)"),
         ("a.pth", {"a": torch.ones(2).to_sparse()}, r"sparse, complex, .* tensor \(a\)"),
     ],
@@ -491,10 +480,7 @@ def test_converted_file_notes_its_sources_network(name, neuron, output_of, tmp_p
         (["--model", "spiking_resnet18", "model.arguments.width=-1"], "cannot be built with"),
         (["--model", "spiking_resnet18", "--classes", "nowhere"], "--classes: nowhere cannot"),
         (["--model", "spiking_resnet18", "--timesteps", "0"], "--timesteps: 0 must be 1 or more"),
-        (
-            ["--model", "vggsnn", "model.num_classes=7", "--allow-missing"],
-            "no tensor in .* fits vggsnn",
-        ),
+        (["--model", "vggsnn", "model.num_classes=7", "--allow-missing"], "no tensor in .* fits"),
     ],
 )
 def test_mistakes_end_in_a_sentence(output_of, relu_file, tmp_path, arguments, complaint):

@@ -256,9 +256,7 @@ def test_a_sum_that_could_overflow_is_refused_with_its_layer(tmp_path):
     trained = trained_network("convnet", tmp_path)
     with torch.no_grad():
         trained.model.fc.bias.fill_(1e9)
-    with pytest.raises(
-        UserError, match=r"could overflow: logits has sums over time of up to .* at T=3"
-    ):
+    with pytest.raises(UserError, match=r"could overflow: logits has sums .* at T=3"):
         convert(trained, T)
 
 
