@@ -64,6 +64,10 @@ def _answer_while_read(command: Callable[[], int]) -> int:
     try:
         try:
             return command()
+        except SystemExit as ended:  # argparse's, after --help as well
+            if isinstance(ended.code, str):
+                raise
+            return ended.code or 0
         except KeyboardInterrupt:  # before the command itself answers
             print("interrupted; nothing was written", file=sys.stderr)
             return 130

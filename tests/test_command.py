@@ -6,7 +6,6 @@ import re
 import signal
 import subprocess
 import sys
-from contextlib import nullcontext
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -91,8 +90,7 @@ def test_many_bad_files_are_counted_and_not_all_listed(capsys):
 
 @pytest.mark.parametrize("words", [["help"], ["list", "neurons"], ["help", "list"]])
 def test_what_is_asked_for_comes_first(words, capsys):
-    with pytest.raises(SystemExit, match="0") if words[1:] == ["list"] else nullcontext():
-        assert tetdist_command._answer_while_read(lambda: tetdist_command._main(*words)) == 0
+    assert tetdist_command._answer_while_read(lambda: tetdist_command._main(*words)) == 0
     assert words[-1] in capsys.readouterr().out.partition("\n")[0]
 
 
