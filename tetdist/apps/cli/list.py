@@ -6,6 +6,10 @@ from itertools import takewhile
 
 from tetdist.apps.cli.common import program
 from tetdist.config.flags import Parser
+from tetdist.config.loading import CONFIGS_DIR
+from tetdist.config.names import LOSSES, NETWORKS, OPTIMIZERS
+from tetdist.nn.neurons import NEURONS
+from tetdist.storage import bundled
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -13,11 +17,6 @@ def main(arguments: list[str] | None = None) -> int:
     kinds = ["recipes", "networks", "trained", "neurons", "losses", "optimisers"]
     parser.add_argument("kind", nargs="?", choices=kinds, metavar="KIND", help=", ".join(kinds))
     kind = parser.parse_args(arguments).kind or ""
-    from tetdist.config.loading import CONFIGS_DIR
-    from tetdist.config.names import LOSSES, NETWORKS, OPTIMIZERS
-    from tetdist.nn.neurons import NEURONS
-    from tetdist.storage import bundled
-
     recipes: list[str] = []
     for file in sorted(CONFIGS_DIR.glob("*.yaml")):
         lines = takewhile(lambda line: line != "#", file.read_text().splitlines())

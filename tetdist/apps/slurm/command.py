@@ -6,15 +6,21 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tetdist import order
+from tetdist.apps.reports.run_status import find_runs, read_status
+from tetdist.apps.slurm import history, jobs, status
+from tetdist.apps.slurm.cluster import ClusterSection, cluster_file, gather
+from tetdist.config import loading
 from tetdist.config.flags import Parser, add_import, positive
 from tetdist.config.key_parser import KeyParser
+from tetdist.config.schema import RunConfig
+from tetdist.config.yaml_files import read_yaml
+from tetdist.datasets.index import check_indexed
 from tetdist.errors import UserError, typed
 from tetdist.wording import meant
 
 if TYPE_CHECKING:
-    from tetdist.apps.slurm.cluster import ClusterSection
     from tetdist.apps.slurm.submit import Prepared
-    from tetdist.config.schema import RunConfig
 
 # Commands that take a run, with their descriptions.
 RUN_COMMANDS = {
@@ -29,8 +35,6 @@ class SubmitParser(KeyParser):
     """The parser of slurm, which names the key of the job for a flag of sbatch."""
 
     def meant(self, flag: str) -> str:
-        from tetdist.apps.slurm.cluster import ClusterSection
-
         word = flag.strip("-")
         keys = {key.replace("_", "-"): f"cluster.{key}" for key in ClusterSection.model_fields}
         keys |= {"mem": "cluster.mem_gb", "job-name": "name", "gres": "cluster.sbatch.gres"}
@@ -132,8 +136,6 @@ def run(options: argparse.Namespace) -> int:
     if options.command == "submit":
         _submit(options)
         return 0
-    from tetdist.apps.slurm import history, status
-
     if options.command == "status":
         return status.show(options.runs)
     folders = status.find(*options.runs)
@@ -157,10 +159,6 @@ def run(options: argparse.Namespace) -> int:
 
 def planned(options: argparse.Namespace) -> "Prepared":
     """Check a submission, and return the run."""
-    from tetdist.apps.slurm import jobs
-    from tetdist.config import loading
-    from tetdist.datasets.index import check_indexed
-
     rate = options.images_per_s
     if rate is not None and not 0 < rate < math.inf:
         raise UserError(f"--images-per-s must be above 0, not {rate:g}")
@@ -187,12 +185,8 @@ def planned(options: argparse.Namespace) -> "Prepared":
     return submit.prepare(config, cluster, options.after, indexes)
 
 
-def _check_division(config: "RunConfig", processes: int, name: str) -> None:
+def _check_division(config: RunConfig, processes: int, name: str) -> None:
     """Refuse a number of processes that cannot share a step, naming the recipe for so many."""
-    from tetdist import order
-    from tetdist.config import loading
-    from tetdist.config.yaml_files import read_yaml
-
     try:
         order.rank_micro_batches(0, processes, config.batch.global_, config.batch.micro)
     except UserError as error:
@@ -208,7 +202,6 @@ def _check_division(config: "RunConfig", processes: int, name: str) -> None:
 
 def _submit(options: argparse.Namespace) -> None:
     run = planned(options)
-    from tetdist.apps.reports.run_status import find_runs, read_status
     from tetdist.apps.slurm import plan, submit
 
     if options.dry_run:  # the runs to wait for may not be submitted yet
@@ -222,20 +215,18 @@ def _submit(options: argparse.Namespace) -> None:
         print(submit.summary(submitted, run.config))
 
 
-def cluster_of(section: dict[str, Any], options: argparse.Namespace) -> "ClusterSection":
+def cluster_of(section: dict[str, Any], options: argparse.Namespace) -> ClusterSection:
     """Combine the cluster's settings from all places; the number of GPUs is required."""
-    from tetdist.apps.slurm import cluster
-
     of_job = ("partition", "account", "qos", "constraint", "time", "setup")
     names = ("nodes", "gpus_per_node", "cpus_per_task", *of_job)
     flags = {name: value for name in names if (value := getattr(options, name)) is not None}
-    facts = cluster.gather(section, flags)
+    facts = gather(section, flags)
     if facts.gpus_per_node is None and getattr(options, "dry_run", False):
         print("without --gpus-per-node, the plan assumes 8", file=sys.stderr)
         facts = facts.model_copy(update={"gpus_per_node": 8})
     if facts.gpus_per_node is None:
         raise UserError(
             "the number of GPUs a node is missing; give --gpus-per-node G (0: train on the CPU) or "
-            f"gpus_per_node: G in {cluster.cluster_file()}"
+            f"gpus_per_node: G in {cluster_file()}"
         )
     return facts
