@@ -138,6 +138,9 @@ def test_training_data_alone_are_indexed(image_root, images):
     assert f"to evaluate only, to {root}/flowers/ant/val/CLASS, where one class is" in output
 
 
+BEE = "train/bee/bee0.jpg"
+
+
 def classes_alone(root):
     shutil.rmtree(root / "val")
     (root / "train").rename(root.with_name("classes"))
@@ -152,7 +155,16 @@ def classes_alone(root):
         (lambda root: (root / "val/bee").rename(root / "val/Bee"), [], "into train/Bee (for"),
         (lambda root: [os.renames(f, root / "x" / f.name) for f in root.iterdir()], [], "/x?"),
         (lambda root: (root / "train/dog").mkdir(), [], "bad: train/dog: the folder holds no im"),
-        (lambda root: (root / "train/dog").mkdir(), ["--skip-bad"], "of 'dog'; add some or remove"),
+        (
+            lambda root: (root / "train/dog").mkdir(),
+            ["--skip-bad"],
+            "no usable file of 'dog'; add ",
+        ),
+        (
+            lambda root: (root / BEE).write_text("x"),
+            ["--skip-bad"],
+            "no usable file of 'bee'; add ",
+        ),
         (lambda root: (root / "train").rename(root / "Train"), [], "'Train': rename it to 'train'"),
         (classes_alone, [], "itself: move them into "),
         (None, ["--splits", "tran,val"], "did you mean train?"),
