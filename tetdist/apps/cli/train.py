@@ -9,15 +9,20 @@ import sys
 import textwrap
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from tetdist.apps.cli.common import MISTAKES, add_local_rank, fail, program
+from tetdist.config import loading, schema
+from tetdist.config.documentation import Documented, documented_keys
 from tetdist.config.flags import add_import
+from tetdist.config.inheritance import DEFAULT, annotated
 from tetdist.config.key_parser import KeyParser
+from tetdist.config.messages import nearest
 from tetdist.errors import PEER_FAILED, PeerFailed, UserError, typed
-
-if TYPE_CHECKING:
-    from tetdist.config.schema import RunConfig
+from tetdist.nn.neurons import kind_of
+from tetdist.plugins import import_files
+from tetdist.storage.hub import check_source
+from tetdist.tracking.mlflow_store import check_store
+from tetdist.tracking.trackers import check_names
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -96,19 +101,10 @@ def main(arguments: list[str] | None = None) -> int:
         return 130
 
 
-def read_config(options: argparse.Namespace) -> "RunConfig | None":
+def read_config(options: argparse.Namespace) -> schema.RunConfig | None:
     """Return the configuration; None after --explain or --print-config."""
     from tetdist.apps.reports.reference import find_reference
-    from tetdist.config import loading, schema
-    from tetdist.config.documentation import Documented, documented_keys
-    from tetdist.config.inheritance import DEFAULT, annotated
-    from tetdist.config.messages import nearest
     from tetdist.datasets.index import check_indexed
-    from tetdist.nn.neurons import kind_of
-    from tetdist.plugins import import_files
-    from tetdist.storage.hub import check_source
-    from tetdist.tracking.mlflow_store import check_store
-    from tetdist.tracking.trackers import check_names
 
     if options.explain:
         import_files(options.imports)
