@@ -94,7 +94,7 @@ def test_unknown_neuron_option_is_refused_by_name():
     ("name", "options", "complaint"),
     [
         ("sew_resnet18", {"connect_function": "or"}, "connect_function must be .*'or'"),
-        ("sew_resnet18", {"neuron": {"decay": 2.0}}, "decay must be at most 1, not 2.0"),
+        ("sew_resnet18", {"neuron": {"decay": 2.0}}, "decay must be at most 1, not 2"),
         ("spiking_resnet18", {"norm": "ln"}, "norm must be 'bn' or 'tdbn', not 'ln'"),
         ("vggsnn", {"input_size": 15}, "input_size must be at least 16"),
         ("vggsnn", {"global_pool": ""}, "global_pool must be 'flatten', or '' with num_classes=0,"),

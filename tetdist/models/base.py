@@ -578,9 +578,16 @@ def build(
     pretrained: bool,
     *,
     neuron: NeuronConfig | dict[str, Any] | None = None,
+    input_kind: Kind | None = None,
+    img_size: Any = None,
+    global_pool: str | None = None,
+    device: Any = None,
+    dtype: torch.dtype | None = None,
+    bn_eps: float | None = None,
+    bn_momentum: float | None = None,
     **kwargs: Any,
 ) -> Network:
-    """Build a registered model through timm.
+    """Build a registered model through timm, whose arguments these are, and ``kwargs`` the class's.
 
     ``neuron`` may be a mapping; missing values are those of the network's `default_neuron`. With
     ``input_kind="events"`` a network for images takes event frames, by default of 2 channels.
@@ -588,72 +595,63 @@ def build(
     Raises:
         UserError: An argument of timm's is given that the network does not support.
     """
-    parameters = inspect.signature(cls).parameters
+    own = inspect.signature(cls).parameters
     for rate in ("drop_rate", "drop_path_rate"):  # timm's train.py passes 0 to any network
-        if rate not in parameters and kwargs.pop(rate, 0):
+        if rate not in own and kwargs.pop(rate, 0):
             raise UserError(
                 f"{rate}: {variant} drops nothing in training; remove it, or set it to 0"
             )
-    given = {name: kwargs.pop(name, None) for name in ("pretrained_cfg", "pretrained_cfg_overlay")}
-    cfg = resolve_pretrained_cfg(variant, **given).to_dict()
+    source = {name: kwargs.pop(name, None) for name in ("pretrained_cfg", "pretrained_cfg_overlay")}
+    cfg = resolve_pretrained_cfg(variant, **source).to_dict()
     cfg["input_size"] = tuple(cfg["input_size"][-3:])  # timm expects no T
-    if "input_size" in kwargs and "input_size" in parameters:
-        kwargs.setdefault("img_size", kwargs.pop("input_size"))
+    if "input_size" in own and img_size is None:
+        img_size = kwargs.pop("input_size", None)
+    if img_size is not None:
+        height, width = to_2tuple(img_size)
+        if "input_size" not in own or height != width:
+            sizes = "square images" if "input_size" in own else "images of any size"
+            raise UserError(f"img_size: {variant} takes {sizes}; remove {img_size}")
+        kwargs["img_size"] = img_size
     if kwargs.get("features_only"):
         kwargs = {"feature_cls": "getter", "out_indices": None} | kwargs
         if (other := kwargs["feature_cls"]) != "getter":
             raise UserError(f"feature_cls: {variant} needs timm's getter, not {other!r}; remove it")
-    if kwargs.get("input_kind") == "events":
+    if input_kind == "events":
         kwargs = {"in_chans": 2} | kwargs
+    if "global_pool" in own and global_pool is not None:
+        kwargs["global_pool"] = global_pool
     kwargs |= {"neuron": neurons.make(neuron, cls.default_neuron), "pretrained_cfg": cfg}
-    built: Network = build_model_with_cfg(
-        partial(_make, cls, variant), variant, pretrained, **kwargs
-    )
+
+    def make(img_size: Any = None, **arguments: Any) -> Network:
+        size = {} if img_size is None else {"input_size": to_2tuple(img_size)[0]}
+        return cls(**arguments | size)
+
+    built: Network = build_model_with_cfg(make, variant, pretrained, **kwargs)
     model = built.model if isinstance(built, FeatureGetterNet) else built
-    own: dict[str, Any] = {}
-    if model.feature_info:
-        reduction = model.feature_info[-1]["reduction"]
-        own["pool_size"] = tuple(-(-side // reduction) for side in cfg["input_size"][1:])
-    if model.input_kind == "events":
-        channels = model.in_chans
-        own["input_size"] = (model.timesteps, channels, *cfg["input_size"][1:])
-        own |= {"mean": (0.0,) * channels, "std": (1.0,) * channels}
-    for one in (built, model):
-        one.pretrained_cfg.update(own)
-    return built
-
-
-def _make(
-    cls: type[Network],
-    variant: str,
-    *,
-    neuron: NeuronConfig,
-    input_kind: Kind | None = None,
-    img_size: Any = None,
-    device: Any = None,
-    dtype: torch.dtype | None = None,
-    bn_eps: float | None = None,
-    bn_momentum: float | None = None,
-    **arguments: Any,
-) -> Network:
-    """Make a network by timm's arguments, which these are, and by those of its class."""
-    parameters = inspect.signature(cls).parameters
-    if img_size is not None:
-        height, width = to_2tuple(img_size)
-        if "input_size" not in parameters or height != width:
-            sizes = "square images" if "input_size" in parameters else "images of any size"
-            raise UserError(f"img_size: {variant} takes {sizes}; remove {img_size}")
-        arguments["input_size"] = height
-    pool = None if "global_pool" in parameters else arguments.pop("global_pool", None)
-    model = cls(**arguments | {"neuron": neuron})
     model.input_kind = input_kind or model.input_kind
-    model.set_global_pool(pool, model.num_classes)
+    model.set_global_pool(None if "global_pool" in own else global_pool, model.num_classes)
     model.set_timesteps(model.timesteps)  # The neurons now exist and may refuse T.
-    _set_exchanged_values(model, neuron, variant)
+    _set_exchanged_values(model, kwargs["neuron"], variant)
     for norm in (module for module in model.modules() if isinstance(module, BatchNorm)):
         norm.eps = norm.eps if bn_eps is None else bn_eps
         norm.momentum = norm.momentum if bn_momentum is None else bn_momentum
-    return model.to(device=device, dtype=dtype)
+    _describe(model, [model.pretrained_cfg, built.pretrained_cfg])
+    return built.to(device=device, dtype=dtype)
+
+
+def _describe(model: SpikingNetwork, cfgs: list[dict[str, Any]]) -> None:
+    """Set in timm's descriptions what depends on a network's arguments."""
+    sides = model.pretrained_cfg["input_size"][1:]
+    values: dict[str, Any] = {}
+    if model.feature_info:
+        reduction = model.feature_info[-1]["reduction"]
+        values["pool_size"] = tuple(-(-side // reduction) for side in sides)
+    if model.input_kind == "events":
+        channels = model.in_chans
+        values["input_size"] = (model.timesteps, channels, *sides)
+        values |= {"mean": (0.0,) * channels, "std": (1.0,) * channels}
+    for cfg in cfgs:
+        cfg.update(values)
 
 
 def _set_exchanged_values(model: SpikingNetwork, neuron: NeuronConfig, variant: str) -> None:
