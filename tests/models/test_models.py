@@ -385,6 +385,7 @@ def test_frames_that_are_all_an_image_are_the_image(name):
         assert not torch.equal(stems[0][1], stems[1][1])
 
 
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")  # of what comes before the refusal
 def test_a_trace_is_refused():
     with pytest.raises(UserError, match=r"use torch\.export instead of torch\.jit\.trace"):
         torch.jit.trace(create("spiking_convnet").eval(), inputs_for("spiking_convnet"))
