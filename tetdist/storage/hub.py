@@ -10,6 +10,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
+import huggingface_hub  # which loads its parts when they are used
+from huggingface_hub import constants
+
 from tetdist.errors import UserError, typed
 from tetdist.storage import bundled
 from tetdist.wording import meant_path
@@ -71,10 +74,10 @@ def fetch(name: str, file: str) -> Path:
     parts = _NAME.fullmatch(name)
     if parts is None:
         raise UserError(f"{name} is not of the form {HF}ORG/NAME or {HF}ORG/NAME@REVISION")
-    from huggingface_hub import hf_hub_download
-
     with _explained(name):
-        return Path(hf_hub_download(parts["repo"], file, revision=parts["revision"]))
+        return Path(
+            huggingface_hub.hf_hub_download(parts["repo"], file, revision=parts["revision"])
+        )
 
 
 def push(folder: Path, repo: str, *, private: bool, message: str) -> Pushed:
@@ -87,9 +90,7 @@ def push(folder: Path, repo: str, *, private: bool, message: str) -> Pushed:
     Raises:
         UserError: The repository holds other files, or it cannot be written to.
     """
-    from huggingface_hub import HfApi
-
-    api = HfApi()
+    api = huggingface_hub.HfApi()
     with _explained(repo):
         api.create_repo(repo, private=private, exist_ok=True)
         present = set(api.list_repo_files(repo)) - _HUB_FILES
@@ -105,8 +106,6 @@ def push(folder: Path, repo: str, *, private: bool, message: str) -> Pushed:
 
 def destination(repo: str) -> str:
     """Return the destination of a push, for messages."""
-    from huggingface_hub import constants
-
     # The hub, a mirror or a private hub, as set for huggingface_hub.
     return f"{constants.ENDPOINT}/{repo}"
 

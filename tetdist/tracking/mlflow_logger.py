@@ -237,7 +237,6 @@ def new_client(uri: str) -> Any:
 def _open_run(client: Any, run_dir: Path, destination: Destination, run_name: str) -> Any:
     """Return the MLflow run of a run's folder, made when missing; write its ids there."""
     run = _known_run(client, run_dir) or _create_run(client, destination, run_name, run_dir)
-    # Earlier versions wrote the run's id alone.
     write_text(run_dir / "mlflow_run_id", f"{run.info.run_id}\n{run.info.experiment_id}\n")
     return run
 
@@ -323,8 +322,7 @@ def ui_command(tracking_uri: str, run_dir: Path, *, of_all: bool = False) -> str
     store after the command that serves it. Without the workflow, MLflow opens GenAI's pages."""
     id_file, shown, pages = run_dir / "mlflow_run_id", without_passwords(tracking_uri), [""]
     if id_file.exists():
-        # A run's page takes any experiment's id, which files of earlier versions lack.
-        run_id, experiment_id = [*id_file.read_text().split(), "0"][:2]
+        run_id, experiment_id = id_file.read_text().split()
         runs, kind = f"/#/experiments/{experiment_id}/runs", "workflowType=machine_learning"
         view = "?compareRunsMode=CHART&" if of_all else f"/{run_id}/model-metrics?"
         pages = [f"{runs}{view}{kind}", f"{runs}?{kind}&viewStateShareKey=top1"]

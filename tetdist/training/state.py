@@ -27,7 +27,7 @@ class RunState:
     loss_scale: dict[str, float] | None  # see `LossScale`
     world_size: int
     data: str  # the index's fingerprint
-    teacher: str | None = None  # the teacher's fingerprint; the first versions did not store it
+    teacher: str | None  # the teacher's fingerprint
 
     @classmethod
     def read(cls, state: Mapping[str, Any]) -> "RunState":
