@@ -301,7 +301,6 @@ def test_a_resumed_run_is_the_same_run_and_no_point_is_there_twice(store, tmp_pa
     train(tracker, 3, 8, 200.0)
     tracker.close("FAILED")
     assert store.run(run_dir).info.status == "FAILED"
-    (run_dir / "mlflow_run_id").write_text(first.run_id)  # as earlier versions did
     tracker = store.open(run_dir, 3, tags={"loss": "sdt"})
     tiny.wait_until(lambda: store.run(run_dir).info.status == "RUNNING", 40)
     train(tracker, 4, 8, 200.0)
@@ -513,7 +512,7 @@ def test_ui_command(monkeypatch, tmp_path):
     runs, kind = "/#/experiments/0/runs", "?workflowType=machine_learning"
     addresses = f"SERVER{runs}/a1/model-metrics{kind}"
     addresses += f"\n            all runs, best first: SERVER{runs}{kind}&viewStateShareKey=top1"
-    (tmp_path / "mlflow_run_id").write_text("a1\n")
+    (tmp_path / "mlflow_run_id").write_text("a1\n0\n")
     monkeypatch.setattr(mlflow_logger.shutil, "which", lambda _: "/usr/bin/mlflow")
     for arguments, command in (
         (

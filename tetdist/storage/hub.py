@@ -75,9 +75,8 @@ def fetch(name: str, file: str) -> Path:
     if parts is None:
         raise UserError(f"{name} is not of the form {HF}ORG/NAME or {HF}ORG/NAME@REVISION")
     with _explained(name):
-        return Path(
-            huggingface_hub.hf_hub_download(parts["repo"], file, revision=parts["revision"])
-        )
+        fetched = huggingface_hub.hf_hub_download(parts["repo"], file, revision=parts["revision"])
+    return Path(fetched)
 
 
 def push(folder: Path, repo: str, *, private: bool, message: str) -> Pushed:
