@@ -279,19 +279,19 @@ def _read_ahead(inputs: Iterator[Inputs], reader: SampleReader, workers: Workers
     ahead: deque[tuple[Inputs, list[Future[list[npt.NDArray[Any]]]]]] = deque()
     pool = ThreadPoolExecutor(workers.threads, thread_name_prefix="tetdist-read")
 
-    def read(one: Inputs, part: npt.NDArray[np.int64]) -> list[npt.NDArray[Any]]:
-        samples = [(k, reader.read(int(one.ids[k]))) for k in part.tolist()]
-        return [data if one.change is None else one.change(k, data) for k, data in samples]
+    def read(batch: Inputs, part: npt.NDArray[np.int64]) -> list[npt.NDArray[Any]]:
+        samples = [(k, reader.read(int(batch.ids[k]))) for k in part.tolist()]
+        return [data if batch.change is None else batch.change(k, data) for k, data in samples]
 
     def collect() -> tuple[Inputs, tuple[Any, ...]]:
-        one, parts = ahead.popleft()
+        batch, parts = ahead.popleft()
         samples = [sample for part in parts for sample in part.result()]
-        return one, (samples, *(image_inputs(workers, one.edits) if one.edits else ()))
+        return batch, (samples, *(image_inputs(workers, batch.edits) if batch.edits else ()))
 
     try:
-        for one in inputs:
-            parts = np.array_split(np.arange(len(one.ids)), workers.threads)
-            ahead.append((one, [pool.submit(read, one, part) for part in parts]))
+        for batch in inputs:
+            parts = np.array_split(np.arange(len(batch.ids)), workers.threads)
+            ahead.append((batch, [pool.submit(read, batch, part) for part in parts]))
             if len(ahead) > workers.prefetch:
                 yield collect()
         while ahead:

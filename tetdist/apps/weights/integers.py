@@ -409,8 +409,8 @@ class _Builder(Traversal[_Value]):
         self.write("neurons", name, inputs, shape, 8, **of)
         self.units[name] = (unit / 2**fraction).tolist()
         high = torch.full((shape[0],), len(whole["thresholds"]))
-        one = torch.full((shape[0],), 1 / (config.levels or 1), dtype=torch.float64)
-        return _Signal(name=name, shape=shape, unit=one, low=0 * high, high=high)
+        unit = torch.full((shape[0],), 1 / (config.levels or 1), dtype=torch.float64)
+        return _Signal(name=name, shape=shape, unit=unit, low=0 * high, high=high)
 
     def stream(self, name: str, x: _Value) -> _Signal:
         """Write a current as int16, in units for which its proven range fits."""

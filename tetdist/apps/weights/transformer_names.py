@@ -19,18 +19,18 @@ from tetdist.models.spike_driven_transformer import SpikeDrivenTransformer
 Names = list[tuple[str, str]]
 
 
-def _layer(own: str, theirs: str, conv: str = "_conv.", norm: str = "_bn.") -> Names:
+def _layer(own: str, source: str, conv: str = "_conv.", norm: str = "_bn.") -> Names:
     """Return rules for a layer's convolution and its norm, wherever the norm is."""
     of_norm = r"\.(?:neuron|norm|add)\.norm\."
-    return [(rf"^{own}\.conv\.", theirs + conv), (f"^{own}{of_norm}", theirs + norm)]
+    return [(rf"^{own}\.conv\.", source + conv), (f"^{own}{of_norm}", source + norm)]
 
 
-def _added(own: str, name: str, theirs: str, conv: str = "_conv.", norm: str = "_bn.") -> Names:
+def _added(own: str, name: str, source: str, conv: str = "_conv.", norm: str = "_bn.") -> Names:
     """Return rules for a convolution of this name, and for the norm before its sum."""
-    return [(rf"^{own}\.{name}\.", theirs + conv), (rf"^{own}\.add\.norm\.", theirs + norm)]
+    return [(rf"^{own}\.{name}\.", source + conv), (rf"^{own}\.add\.norm\.", source + norm)]
 
 
-def _stream_embedding(own: str, embedding: nn.Module, theirs: str, names: list[str]) -> Names:
+def _stream_embedding(own: str, embedding: nn.Module, source: str, names: list[str]) -> Names:
     """Return rules for a `StreamEmbedding`: its layers, its last convolution, its shortcut.
 
     Args:
@@ -38,7 +38,7 @@ def _stream_embedding(own: str, embedding: nn.Module, theirs: str, names: list[s
     """
     assert isinstance(embedding, StreamEmbedding)
     *layers, last, shortcut = (
-        [f"{theirs}.{name.format(one)}." for one in ("conv", "bn")] for name in names
+        [f"{source}.{name.format(one)}." for one in ("conv", "bn")] for name in names
     )
     rules = []
     for i, (conv, norm) in enumerate(layers):
@@ -62,20 +62,20 @@ def _places(model: SpikingNetwork) -> Iterator[tuple[str, int, int, nn.Module]]:
         yield rf"blocks\.{i}", stage, position, block
 
 
-def _attention(own: str, theirs: str, conv: str, norm: str) -> Names:
+def _attention(own: str, source: str, conv: str, norm: str) -> Names:
     """Return rules for attention to a stream, the ``attention`` or ``mixer`` of its block."""
     own = rf"{own}\.(?:attention|mixer)"
     return [
-        *_layer(rf"{own}\.([qkv])", rf"{theirs}.\1", conv, norm),
-        *_added(own, "proj", f"{theirs}.proj", conv, norm),
+        *_layer(rf"{own}\.([qkv])", rf"{source}.\1", conv, norm),
+        *_added(own, "proj", f"{source}.proj", conv, norm),
     ]
 
 
-def _mlp(own: str, theirs: str) -> Names:
+def _mlp(own: str, source: str) -> Names:
     """Return rules for an MLP of a real-valued stream."""
     return [
-        *_layer(rf"{own}\.mlp\.fc([12])", rf"{theirs}.fc\1"),
-        *_added(rf"{own}\.mlp", "fc2", f"{theirs}.fc2"),
+        *_layer(rf"{own}\.mlp\.fc([12])", rf"{source}.fc\1"),
+        *_added(rf"{own}\.mlp", "fc2", f"{source}.fc2"),
     ]
 
 
@@ -85,10 +85,10 @@ def qkformer_names(model: QKFormer) -> Names:
     last_attention, mlp = ("attn", "fc") if on_imagenet else ("ssa", "mlp")
     later = ["proj", "proj4"] if model.embedding == "dvs" else ["proj3", "proj4"]
 
-    def embedding(own: str, theirs: str, layers: list[str]) -> Names:
-        rules = _layer(rf"{own}\.shortcut", f"{theirs}.proj_res")
+    def embedding(own: str, source: str, layers: list[str]) -> Names:
+        rules = _layer(rf"{own}\.shortcut", f"{source}.proj_res")
         for i, layer in enumerate(layers):
-            rules += _layer(rf"{own}\.layers\.{i}", f"{theirs}.{layer}")
+            rules += _layer(rf"{own}\.layers\.{i}", f"{source}.{layer}")
         return rules
 
     rules = embedding("stem", "patch_embed1", ["proj", "proj1", "proj2", "proj3"])
@@ -96,11 +96,11 @@ def qkformer_names(model: QKFormer) -> Names:
         if position < 0:
             rules += embedding(own, f"patch_embed{stage}", later)
             continue
-        theirs = f"stage{stage}.{position}"
+        source = f"stage{stage}.{position}"
         is_token = isinstance(block.attention, qkformer.TokenAttention)
-        attention = f"{theirs}.{'tssa' if is_token else last_attention}"
+        attention = f"{source}.{'tssa' if is_token else last_attention}"
         rules += _layer(rf"{own}\.attention\.(q|k|v|proj)", rf"{attention}.\1")
-        rules += _layer(rf"{own}\.mlp\.fc(1|2)", rf"{theirs}.mlp.{mlp}\1")
+        rules += _layer(rf"{own}\.mlp\.fc(1|2)", rf"{source}.mlp.{mlp}\1")
     return rules
 
 
@@ -124,12 +124,12 @@ def espikeformer_names(model: ESpikeFormer) -> Names:
     down = iter(("1_2", "2", "3", "4"))
     stage, position = 3, -1
 
-    def separable(own: str, theirs: str) -> Names:
+    def separable(own: str, source: str) -> Names:
         own = rf"{own}\.separable"
         return [
-            *_layer(rf"{own}\.widen", f"{theirs}.pwconv1", ".0.", ".1."),
-            *_layer(rf"{own}\.depthwise", f"{theirs}.dwconv", ".0.", ".1."),
-            *_added(own, "narrow", f"{theirs}.pwconv2", ".0.", ".1."),
+            *_layer(rf"{own}\.widen", f"{source}.pwconv1", ".0.", ".1."),
+            *_layer(rf"{own}\.depthwise", f"{source}.dwconv", ".0.", ".1."),
+            *_added(own, "narrow", f"{source}.pwconv2", ".0.", ".1."),
         ]
 
     for i, block in enumerate(model.blocks):
@@ -141,16 +141,16 @@ def espikeformer_names(model: ESpikeFormer) -> Names:
                 if number == "4":
                     stage, position = 4, -1
             case espikeformer.ConvBlock():
-                theirs = f"ConvBlock{next(convolutional)}.0"
-                rules += separable(own, f"{theirs}.Conv")
-                rules += _layer(rf"{own}\.mlp\.conv1", theirs, ".conv1.", ".bn1.")
-                rules += _added(rf"{own}\.mlp", "conv2", theirs, ".conv2.", ".bn2.")
+                source = f"ConvBlock{next(convolutional)}.0"
+                rules += separable(own, f"{source}.Conv")
+                rules += _layer(rf"{own}\.mlp\.conv1", source, ".conv1.", ".bn1.")
+                rules += _added(rf"{own}\.mlp", "conv2", source, ".conv2.", ".bn2.")
             case espikeformer.TransformerBlock():
                 position += 1
-                theirs = f"block{stage}.{position}"
-                rules += separable(own, f"{theirs}.conv")
-                rules += _attention(own, f"{theirs}.attn", "_conv.0.", "_conv.1.")
-                rules += _mlp(own, f"{theirs}.mlp")
+                source = f"block{stage}.{position}"
+                rules += separable(own, f"{source}.conv")
+                rules += _attention(own, f"{source}.attn", "_conv.0.", "_conv.1.")
+                rules += _mlp(own, f"{source}.mlp")
             case _:
                 raise AssertionError(f"no names for {type(block).__name__}")
     return rules
@@ -164,14 +164,14 @@ def maxformer_names(model: MaxFormer) -> Names:
             names = ["max_embed1.embed_{}", "embed1.embed_{}", "max_embed2.embed_{}"]
             rules += _stream_embedding(own, block, f"patch_embed{stage}", names)
             continue
-        theirs = f"stage{stage}.{position}"
+        source = f"stage{stage}.{position}"
         if isinstance(block.mixer, StreamAttention):
-            rules += _attention(own, f"{theirs}.attn", "_conv.", "_bn.")
+            rules += _attention(own, f"{source}.attn", "_conv.", "_bn.")
         else:
             # The first stage's convolution has this name although its size is 7x7.
             name = "conv5" if stage == 1 else "conv"
-            rules += _layer(rf"{own}\.mixer", f"{theirs}.mixer.{name}", ".", "_bn.")
-        rules += _mlp(own, f"{theirs}.mlp")
+            rules += _layer(rf"{own}\.mixer", f"{source}.mixer.{name}", ".", "_bn.")
+        rules += _mlp(own, f"{source}.mlp")
     return rules
 
 
@@ -191,7 +191,7 @@ def ms_qkformer_names(model: MSQKFormer) -> Names:
         if position < 0:
             rules += _stream_embedding(own, block, f"patch_embed{stage}", later)
             continue
-        theirs = f"stage{stage}.{position}"
-        rules += _attention(own, f"{theirs}.attn", "_conv.", "_bn.")
-        rules += _mlp(own, f"{theirs}.mlp")
+        source = f"stage{stage}.{position}"
+        rules += _attention(own, f"{source}.attn", "_conv.", "_bn.")
+        rules += _mlp(own, f"{source}.mlp")
     return rules
