@@ -11,9 +11,9 @@ from tetdist.config.sections.phase import schedule_epochs
 from tetdist.errors import WrongValue
 
 
-def check_early(config: RunConfig, *, is_trained: bool) -> None:
+def check_early(config: RunConfig, *, only_used: bool) -> None:
     """Refuse what shows without the network, the losses and the optimisers; see `check`."""
-    if not is_trained:
+    if not only_used:
         for loss in config.losses():
             with within("loss"):
                 loss.check_kind()
@@ -37,15 +37,15 @@ def check_early(config: RunConfig, *, is_trained: bool) -> None:
             raise WrongValue(f"phases.{number}.timesteps", f"{most}; set {frames} or less")
 
 
-def check(config: RunConfig, *, is_trained: bool) -> None:
+def check(config: RunConfig, *, only_used: bool) -> None:
     """Refuse contradictions between keys that are each fine on their own.
 
     The loss of a network that is trained does not matter: its file need not be imported.
     """
-    if not is_trained:
+    if not only_used:
         _check_loss(config, "loss", config.loss)
     for number, phase in enumerate(config.phases):
-        if phase.loss.model_fields_set and not is_trained:
+        if phase.loss.model_fields_set and not only_used:
             _check_loss(config, f"phases.{number}.loss", config.loss_of(phase))
         _check_phase(config, number)
     with within("model"):

@@ -43,14 +43,15 @@ class Draft:
         overrides: Overrides that were applied; errors name one in place of ``source`` if the
             mistake is in it.
         origins: Place of each value that is not a default, by dotted key.
-        is_trained: The network is only used, not trained, so its loss need not be imported.
+        only_used: The network is used, not trained, so its loss is not checked, and need not be
+            imported.
     """
 
     config: RunConfig
     source: str
     overrides: Sequence[str] = ()
     origins: Mapping[str, str] = field(default_factory=dict)
-    is_trained: bool = False
+    only_used: bool = False
 
     @property
     def data_command(self) -> str:
@@ -65,13 +66,13 @@ class Draft:
         return dict(keys)
 
     def refusing(self, *place: str) -> AbstractContextManager[None]:
-        """Say of wrong values below a place of the configuration where they are from."""
+        """Turn errors about wrong values below a place into one that names their origin."""
         return refusing(RunConfig, self.source, self.overrides, self.origins, place)
 
     def check_early(self) -> None:
         """Refuse mistakes that show without the network, whose import takes seconds."""
         with self.refusing():
-            check_early(self.config, is_trained=self.is_trained)
+            check_early(self.config, only_used=self.only_used)
         if kind := self.neuron_keys.get("kind"):
             self._neuron_keys_of(kind)
 
@@ -84,8 +85,8 @@ class Draft:
         model = model.model_copy(update={"neuron": neuron})
         config = self.config.model_copy(update={"model": model})
         with self.refusing():
-            check(config, is_trained=self.is_trained)
-            if not self.is_trained:
+            check(config, only_used=self.only_used)
+            if not self.only_used:
                 self._check_that_the_loss_reads_all(config)
         return config
 
@@ -113,9 +114,10 @@ class Draft:
         return {key: value for key, value in self.neuron_keys.items() if key in own}
 
     def _check_that_the_loss_reads_all(self, config: RunConfig) -> None:
-        """Refuse a key that the user's own loss does not read, unless it was set for another loss.
+        """Refuse a key that the user's own loss function has no parameter for.
 
-        Overrides before loss.kind may be a study's, for all its entries.
+        A key set before loss.kind was chosen, in a base or by a study for all entries, may be for
+        another loss, and is accepted.
         """
         from tetdist.losses import LOSSES
 
@@ -225,7 +227,7 @@ def parse(
     raw: dict[str, Any],
     source: str,
     *,
-    is_trained: bool = False,
+    only_used: bool = False,
     overrides: Sequence[str] = (),
 ) -> RunConfig:
     """Check a configuration given as nested dictionaries.
@@ -236,7 +238,7 @@ def parse(
         UserError: It is not valid, or contradicts itself.
     """
     origins = {key_of(override): COMMAND_LINE for override in overrides}
-    return _draft(raw, source, overrides, origins, is_trained=is_trained).completed()
+    return _draft(raw, source, overrides, origins, only_used=only_used).completed()
 
 
 def _draft(
@@ -245,9 +247,9 @@ def _draft(
     overrides: Sequence[str],
     origins: Mapping[str, str],
     *,
-    is_trained: bool = False,
+    only_used: bool = False,
 ) -> Draft:
     config = checked(RunConfig, raw, source, overrides, origins)
-    made = Draft(config, source, overrides, origins, is_trained)
+    made = Draft(config, source, overrides, origins, only_used)
     made.check_early()
     return made

@@ -72,7 +72,7 @@ def refusing(
     origins: Mapping[str, str] | None = None,
     place: Sequence[str] = (),
 ) -> Iterator[None]:
-    """Say of wrong values in a section where they are from, and how to correct them.
+    """Turn an error about wrong values into a `UserError` that names each value's file or override.
 
     Args:
         source, overrides, origins: See `checked`.

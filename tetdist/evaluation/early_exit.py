@@ -34,9 +34,10 @@ class ExitChoice(NamedTuple):
 
     @property
     def most_lost(self) -> int:
-        """Number of these samples that the choice may lose.
+        """Number of lost samples that `loss_bound` assumes.
 
-        Unless the threshold is the lowest candidate, they also chose it, by this limit.
+        These samples also chose the threshold, so the number that they lose is optimistic, and the
+        limit that chose it counts instead. The lowest candidate was not chosen by a limit.
         """
         if self.threshold == FINE_THRESHOLDS[0]:
             return self.lost
@@ -44,9 +45,9 @@ class ExitChoice(NamedTuple):
 
     @property
     def loss_bound(self) -> float:
-        """Percent of other samples that are not lost but for `DOUBT`.
+        """Upper bound on the percentage of other samples that early exit loses.
 
-        This is Clopper and Pearson's one-sided bound.
+        It is wrong with probability `DOUBT` (Clopper and Pearson's one-sided bound).
         """
         from scipy.special import betaincinv
 
@@ -132,6 +133,7 @@ def choose_exit(evaluator: Evaluator, timesteps: int, within: float) -> ExitChoi
     decisions.gather(world)
     lost = decisions.confusion.trace() - decisions.exit_correct
     cheap = 100 * lost.double() <= within * result.samples
+    # Exits lose few samples at all thresholds from this one on; the highest loses none.
     place = len(cheap) - int(cheap.flip(0).long().cumprod(0).sum())
     top1, spoilt = result.top1 if classes else None, int(decisions.exit_spoilt[place])
     return ExitChoice(within, FINE_THRESHOLDS[place], result.samples, top1, spoilt)

@@ -128,8 +128,8 @@ class FusedLayer(nn.Module):
 class _Membranes(threading.local):
     """Membranes by layer, of the layers within `carrying_membranes`; each thread has its own.
 
-    A layer is called by blocks, by torch's containers and by users' modules, so its membrane is no
-    second argument and result, as it is of torch's recurrent layers.
+    Blocks, torch's containers and users' modules call a layer with one argument, so a membrane
+    cannot be passed and returned as in torch's recurrent layers. It is kept here.
     """
 
     def __init__(self) -> None:
@@ -188,18 +188,23 @@ class NeuronLayer(FusedLayer):
     def _fire_fused(
         self, current: Tensor, kernels: NeuronKernels, attended: tuple[Tensor, ...] = ()
     ) -> Tensor:
+        """Run the kernels on the current, or on queries, keys and values.
+
+        Spikes have the layout of the last of these tensors. If each of them has bytes, the backward
+        pass keeps the bytes instead of the tensors.
+        """
         tensors = (current, *attended)
         # Of an image that is attended to, channels are last.
         layouts = [_Layout.of(x, (1, 3, 4, 2) if attended else None) for x in tensors]
         flat = [layout.flat(x) for layout, x in zip(layouts, tensors, strict=True)]
         x, keys, values = flat if attended else (*flat, None, None)
-        kept, layout = tuple(flat), layouts[-1]
+        for_backward, layout = tuple(flat), layouts[-1]
         if attended and all(forms := [packed_of(x) for x in tensors]):
             pairs = zip(layouts, forms, strict=True)
-            kept = tuple(own.flat(packed.values) for own, packed in pairs if packed)
+            for_backward = tuple(own.flat(form.values) for own, form in pairs if form)
         start = None if (u := self.membrane) is None else layout.flat(self._stacked(u))
         spikes, packed, end = FusedNeuron.apply(
-            x, keys, values, start, kernels, kept, *self.for_kernels(current, kernels)
+            x, keys, values, start, kernels, for_backward, *self.for_kernels(current, kernels)
         )
         if self.carries:
             _membranes.of[self] = self._unstacked(layout.shaped(end))
@@ -335,10 +340,10 @@ class NormNeuron(NeuronLayer):
         assert current.shape[0] in (1, timesteps), (current.shape, timesteps)
         if self.is_fused() and self.drop_path.is_active:
             assert identity is None
-            norms = dispatch.norm_kernels_for((current, shortcut), timesteps)
-            if norms is not None:
+            norm_kernels = dispatch.norm_kernels_for((current, shortcut), timesteps)
+            if norm_kernels is not None:
                 total = _norm_add(
-                    self.norm, current, shortcut, shortcut_norm, self.drop_path, norms
+                    self.norm, current, shortcut, shortcut_norm, self.drop_path, norm_kernels
                 )
                 return self.fire(total, timesteps)
         elif self.is_fused():

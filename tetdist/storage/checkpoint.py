@@ -375,15 +375,17 @@ def check_weights(own: dict[str, Tensor], weights: dict[str, Tensor], source: Pa
 
 
 def _delete_old(newest_path: Path, keep_last: int) -> None:
-    """Delete the older checkpoints, but for some and the best ones, and leave nothing half deleted.
+    """Delete checkpoints older than the newest: all others of its step, and all steps but the last.
 
-    Later ones are damaged, and the run resumed before them.
+    The best ones are kept. Those of later steps, which are damaged, since the run resumed before
+    them, stay.
     """
     paths, kept = selection.all_in(newest_path.parent), selection.never_pruned(newest_path.parent)
     older, step = paths[: paths.index(newest_path)], newest_path.name.partition(".")[0]
-    repeated = [path for path in older if path.name.partition(".")[0] == step]
-    distinct = older[: len(older) - len(repeated)]
-    for path in repeated + distinct[: max(0, len(distinct) + 1 - keep_last)]:
+    of_same_step = [path for path in older if path.name.partition(".")[0] == step]
+    distinct = older[: len(older) - len(of_same_step)]
+    surplus = max(0, len(distinct) + 1 - keep_last)  # one more is the newest
+    for path in of_same_step + distinct[:surplus]:
         if path not in kept:
             hidden = path.with_name(f".{path.name}")
             with suppress(OSError):

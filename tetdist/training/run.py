@@ -30,7 +30,7 @@ def train(
     Raises:
         PeerFailed: Another process died before the training began.
     """
-    # A launcher shows a process's error in its own way.
+    # With a launcher, the watch prints no errors: the launcher does.
     shows_errors, launcher = launcher is None, launcher or Launcher()
     on_failure = launcher.on_failure
     try:
@@ -52,7 +52,7 @@ def train(
                     # The name of the lost process is more helpful than the broken connection to it.
                     watch.await_verdict(error)
                 on_failure(error)
-                # On several processes the watch reports what came from another one.
+                # With several processes, the watch names another process's failure.
                 is_own = shows_errors and (world.world_size == 1 or own_frames(error))
                 if is_own and (mistake := explained(error, config.run_dir)) is not error:
                     raise mistake from error

@@ -106,7 +106,7 @@ def _from_checkpoint(path: Path, config: RunConfig, index: Index) -> _Loaded:
     except UserError as error:
         raise UserError(f"{KEY}: {error}") from error
     plugins.require(description.imports, path)
-    trained = parse(description.config, str(path), is_trained=True)
+    trained = parse(description.config, str(path), only_used=True)
     kind = config.data.input_kind
     if trained.data.input_kind != kind:
         raise UserError(

@@ -233,7 +233,7 @@ class Trainer:
     # --- evaluation ---------------------------------------------------------------------------
 
     def _evaluate(self) -> None:
-        """Evaluate and save; after a stop meanwhile, the resumed run evaluates."""
+        """Evaluate and save; if a stop interrupts, save alone, and the resumed run evaluates."""
         try:
             evaluations = self.evaluations.at(self.step)
         except Interrupted:

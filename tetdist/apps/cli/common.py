@@ -9,6 +9,9 @@ from typing import Any
 
 from tetdist.config.flags import Parser
 from tetdist.errors import PEER_FAILED, PeerFailed, UserError, printable, sentence, typed
+from tetdist.plugins import explained
+from tetdist.storage.files import explaining, write_text
+from tetdist.tracking.metrics_file import strict
 from tetdist.wording import are, counted
 
 # Help of an argument that names a trained network.
@@ -47,8 +50,6 @@ def run_command(
         print(interrupted, file=sys.stderr)
         return 130
     except Exception as error:
-        from tetdist.plugins import explained
-
         if (mistake := explained(error)) is error:
             raise
         return fail(mistake)
@@ -81,9 +82,6 @@ def report_bad(bad: Sequence[tuple[str, str]], kind: str, number: int) -> None:
 
 def write_result(file: Path | None, values: Any) -> None:
     """Write a result as JSON, if a file is given; non-finite numbers become text."""
-    from tetdist.storage.files import explaining, write_text
-    from tetdist.tracking.metrics_file import strict
-
     if file:
         # YAML has dates, JSON does not.
         text = json.dumps(strict(values), indent=1, allow_nan=False, default=str)

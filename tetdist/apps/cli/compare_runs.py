@@ -9,6 +9,8 @@ import argparse
 from pathlib import Path
 
 from tetdist.apps.cli.common import MISTAKES, program, run_command
+from tetdist.apps.reports import compare
+from tetdist.apps.reports.run_status import find_runs
 from tetdist.config.flags import Parser
 from tetdist.errors import UserError
 from tetdist.storage.files import check_writable, explaining
@@ -23,9 +25,6 @@ def main(arguments: list[str] | None = None) -> int:
 
 def show(options: argparse.Namespace) -> int:
     """Print the comparison, and draw the plot if asked; return the exit status."""
-    from tetdist.apps.reports import compare
-    from tetdist.apps.reports.run_status import find_runs
-
     if options.plot:
         check_writable("--plot", options.plot)
     named = find_runs(options.runs)

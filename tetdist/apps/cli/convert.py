@@ -17,6 +17,8 @@ from tetdist.apps.weights import published
 from tetdist.apps.weights.sources import SOURCES
 from tetdist.config import names
 from tetdist.config.flags import positive
+from tetdist.config.loading import parse
+from tetdist.config.overrides import apply_override, refuse_repeated
 from tetdist.errors import UserError, typed
 from tetdist.storage.files import read_text
 from tetdist.wording import counted, meant_path
@@ -143,8 +145,6 @@ def configuration(
 
     from tetdist import models
     from tetdist.apps.weights.foreign import arguments_of, neuron_of, scale_of
-    from tetdist.config.loading import parse
-    from tetdist.config.overrides import apply_override, refuse_repeated
 
     timesteps = options.timesteps or models.default_timesteps(options.model)
     cfg = timm.get_pretrained_cfg(options.model)

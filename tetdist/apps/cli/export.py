@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from tetdist.apps.cli.common import add_checkpoint, check_new_weights, program, run_command
 from tetdist.config.flags import MOST_TIMESTEPS, Parser, add_import, positive
 from tetdist.errors import UserError
+from tetdist.plugins import import_files
 from tetdist.storage import hub
 from tetdist.wording import counted
 
@@ -126,7 +127,6 @@ def export(options: argparse.Namespace) -> None:
         check_new_weights(options.output)
     from tetdist.apps.weights import export as formats
     from tetdist.apps.weights.trained import load
-    from tetdist.plugins import import_files
 
     import_files(options.imports)
     which = "best" if options.best else "last"

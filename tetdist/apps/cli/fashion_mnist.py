@@ -13,6 +13,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from tetdist.apps.cli.common import MISTAKES, documented_parser, run_command
+from tetdist.apps.images.arrays import Split, check_new, write_root
 from tetdist.errors import UserError
 from tetdist.storage.files import open_file
 
@@ -50,8 +51,6 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def make(source: Path, dest: Path) -> None:
     """Write the images as a data root."""
-    from tetdist.apps.images.arrays import Split, check_new, write_root
-
     check_new(dest)
     with TemporaryDirectory() as root:
         # torchvision reads uncompressed files in this folder.

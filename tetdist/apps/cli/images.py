@@ -11,6 +11,15 @@ from typing import TYPE_CHECKING, Any
 from tetdist.apps.cli.common import MISTAKES, program, report_bad, run_command, write_result
 from tetdist.apps.file_progress import file_progress
 from tetdist.config.flags import MOST_THREADS, Parser, positive
+from tetdist.datasets.class_folders import check_root
+from tetdist.datasets.layouts import (
+    Listing,
+    check_same_classes,
+    check_splits,
+    default_splits,
+    in_tars,
+    list_split,
+)
 from tetdist.errors import UserError, typed
 from tetdist.storage.files import check_writable
 from tetdist.wording import counted
@@ -18,7 +27,6 @@ from tetdist.wording import counted
 if TYPE_CHECKING:
     from tetdist.apps.images.check import Finding
     from tetdist.datasets.index import BadFile, Index
-    from tetdist.datasets.layouts import Listing
 
 
 _PRINTED_FINDINGS = 20
@@ -144,9 +152,7 @@ def _add_classes(command: argparse.ArgumentParser) -> None:
 
 def _index(args: argparse.Namespace) -> int:
     """Index every split, then write all indexes or none."""
-    from tetdist.datasets.class_folders import check_root
     from tetdist.datasets.index import index_file, index_listing, save_index, without_validation
-    from tetdist.datasets.layouts import check_splits
 
     check_root(args.root)
     if args.splits is not None:
@@ -212,10 +218,8 @@ def _described(index: "Index") -> str:
     return f"{what}{without}{skipped}"
 
 
-def _list(args: argparse.Namespace, kind: Any = "images") -> "list[Listing]":
+def _list(args: argparse.Namespace, kind: Any = "images") -> list[Listing]:
     """List every split and check that labels mean the same classes in all of them."""
-    from tetdist.datasets.layouts import check_same_classes, default_splits, in_tars, list_split
-
     listings = []
     for split in args.splits or default_splits(args.root):
         unit = "tar" if in_tars(args.root, split, kind) else "folder"

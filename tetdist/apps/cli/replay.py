@@ -16,14 +16,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tetdist.apps.cli.common import add_checkpoint, documented_parser, run_command
+from tetdist.apps.events.binning import binning_of, window_frames
+from tetdist.apps.events.formats import read_recording
+from tetdist.apps.events.recording import BadRecording, OtherSize, Sensor
 from tetdist.config.flags import add_import
 from tetdist.errors import UserError, typed
+from tetdist.plugins import import_files
 from tetdist.storage import hub
 from tetdist.storage.files import check_writable, open_file
 from tetdist.wording import counted, meant_path
 
 if TYPE_CHECKING:
-    from tetdist.apps.events.recording import Sensor
     from tetdist.apps.reports.replay_gif import ReplayGif
     from tetdist.models.base import SpikingNetwork
 
@@ -56,12 +59,8 @@ def replay(options: argparse.Namespace) -> None:
         if output.suffix.lower() != ".gif":
             raise UserError(f"--output: {output} must end in .gif")
         check_writable("--output", output)
-    from tetdist.apps.events.binning import binning_of, window_frames
-    from tetdist.apps.events.formats import read_recording
-    from tetdist.apps.events.recording import BadRecording, OtherSize
     from tetdist.apps.reports.replay_gif import ReplayGif
     from tetdist.apps.weights.trained import load
-    from tetdist.plugins import import_files
 
     import_files(options.imports)
     trained = load(options.checkpoint, "best" if options.best else "last")

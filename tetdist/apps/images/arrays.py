@@ -5,8 +5,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from tetdist.datasets.index import index_splits
 from tetdist.errors import UserError
 from tetdist.storage.files import explaining, made_aside, remove
+from tetdist.tracking.progress import sample_bar
 from tetdist.wording import counted
 
 
@@ -36,8 +38,6 @@ def write_root(
         splits: Images of train and val; files are named by their numbers.
         per_class: The number of images of each class to take, for each split.
     """
-    from tetdist.datasets.index import index_splits
-
     for leftover in dest.parent.glob(f".{dest.name}.*.tmp"):
         if not Path("/proc", leftover.name.split(".")[-2]).exists():  # of a killed process
             remove(leftover)
@@ -59,8 +59,6 @@ def _write(folder: Path, classes: Sequence[str], split: Split, per_class: int | 
     """Write the first images of each class, or all, and return their number."""
     import numpy as np
     from PIL import Image
-
-    from tetdist.tracking.progress import sample_bar
 
     written = [0] * len(classes)
     with sample_bar(len(split.labels), folder.name, silent=False) as bar:

@@ -79,7 +79,7 @@ def _read(label: str, folder: Path) -> Run:
     # Keys that an older version did not know get their defaults, unless this version cannot parse
     # the configuration.
     with suppress(UserError):
-        parsed = loading.parse(raw, str(config), is_trained=True)
+        parsed = loading.parse(raw, str(config), only_used=True)
         configuration = parsed.as_dict()
         # A range of T is one value, not three keys.
         for values, phase in zip(configuration["phases"], parsed.phases, strict=True):

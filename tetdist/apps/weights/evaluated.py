@@ -31,7 +31,7 @@ def evaluation_config(
         data: Changed keys of its section data, checked by the caller.
         changed: Other changed keys, checked by the caller; None: as in the training.
     """
-    config = parse(raw, source, is_trained=True)
+    config = parse(raw, source, only_used=True)
     values = {key: value for key, value in changed.items() if value is not None}
     on_cpu = config.data.model_copy(update={"device": "cpu", **(data or {})})
     always = {"recompute": "none", "execution": "fused", "data": on_cpu}

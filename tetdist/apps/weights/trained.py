@@ -74,8 +74,8 @@ def load(
     weights, description = checkpoint.load_model_file(path, which, ema=ema)
     plugins.require(description.imports, path)
     # Another program may have written it.
-    parse(description.config, str(path), is_trained=True)
-    config = parse(_without_places(description.config), str(path), is_trained=True)
+    parse(description.config, str(path), only_used=True)
+    config = parse(_without_places(description.config), str(path), only_used=True)
     num_classes = config.model.num_classes or len(description.classes or ())
     timesteps = timesteps or description.timesteps
     kind = config.data.input_kind

@@ -75,11 +75,13 @@ class Inputs(NamedTuple):
 
 
 class Sums(NamedTuple):
-    """Sums over T and N, each (C,): of the current's gradient, and of its products with the
-    normalised x and shortcut, before gain and offset; and the gradients of the neurons' learnt
-    values.
+    """Sums over T and N that the backward pass needs, each (C,).
 
     Attributes:
+        grad: Sum of the current's gradient.
+        grad_xhat: Sum of that gradient times x, normalised to mean 0 and variance 1.
+        grad_shortcut_hat: The same for the shortcut; None: it is not normalised.
+        grad_learned: Gradients of the neurons' learnt values.
         copy: A copy of the first two or three, (2 or 3, C), to be averaged over processes; None:
             `Norms.averaged` makes one.
     """
@@ -135,7 +137,7 @@ class Norms(NamedTuple):
     ) -> tuple[tuple[Tensor, Tensor] | None, tuple[Tensor, Tensor] | None]:
         """Average the sums of x and of the shortcut over the processes that normalise together.
 
-        None: not normalised, or not by batch statistics.
+        The first is None if x, the second if the shortcut is not normalised by batch statistics.
         """
         if not training:
             return None, None
@@ -396,8 +398,8 @@ class FusedNormAdd(torch.autograd.Function):
         kernels: NormKernels,
     ) -> Tensor:
         parameters = NormParameters(weight, bias, shortcut_weight, shortcut_bias)
-        copies = 1 if shortcut is not None and len(shortcut) == 1 else len(x)
-        _check_sizes((copies, *x.shape[1:]), shortcut, norms=parameters)
+        timesteps = 1 if shortcut is not None and len(shortcut) == 1 else len(x)
+        _check_sizes((timesteps, *x.shape[1:]), shortcut, norms=parameters)
         affine, of_shortcut = norms.normalizations(kernels, x, shortcut, parameters)
         kept = None if of_shortcut is None else shortcut
         Inputs(x, kept, affine, of_shortcut, None).save(ctx)
