@@ -253,7 +253,7 @@ def test_membranes_are_wide_and_spikes_are_as_the_current(case, dtype):
 
 
 BAD = {
-    "decay must be below 1, not 1.0": {"kind": "plif", "decay": 1.0},
+    "decay must be below 1, not 1": {"kind": "plif", "decay": 1.0},
     "decay must be at least 0, not -0.5": {"kind": "ilif", "decay": -0.5},
     "most_spikes must be at most 15, not 16": {"kind": "ilif", "most_spikes": 16},
     "most_spikes must be a power of 2": {"kind": "nilif", "most_spikes": 3},
