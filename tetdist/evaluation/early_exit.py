@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 import torch
+from scipy.special import betaincinv
 from torch import Tensor
 
 from tetdist.data.build import eval_loader
@@ -49,8 +50,6 @@ class ExitChoice(NamedTuple):
 
         It is wrong with probability `DOUBT` (Clopper and Pearson's one-sided bound).
         """
-        from scipy.special import betaincinv
-
         kept = self.samples - self.most_lost
         return float(100 * betaincinv(self.most_lost + 1, kept, 1 - DOUBT)) if kept > 0 else 100.0
 
