@@ -56,6 +56,7 @@ MISTAKEN = {
     "loss.power=3": "unknown key; did you mean loss.arguments.power? known keys: kind",
     "model.neuron.rise=0.2": "unknown key; known keys: threshold, decay",  # not reset
     "save.every=3": "unknown key; did you mean 'save.every_steps'?",
+    "checkpoint.every=3": "unknown key 'checkpoint'; did you mean 'log_every'?",
     "optimizer=sgd": "unknown key; did you mean 'phases.0.optimizer.kind'?",
     "optimizer={kind: sgd}": "unknown key; did you mean 'phases.0.optimizer'?",
     "loss={kind:sdt}": "unknown key 'loss.kind:sdt'; write a space after each colon",

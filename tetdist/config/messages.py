@@ -219,7 +219,7 @@ def nearest(root: type[BaseModel], location: Sequence[str]) -> str:
     if close := next(filter(None, [*begun, *near]), None):
         if close not in known:
             return nearest(root, [*place, close])
-        return f"did you mean {'.'.join([*place, close])!r}?"
+        return f"did you mean {'.'.join([*(place if section else []), close])!r}?"
     own = f"did you mean {'.'.join([*place, 'arguments', last])}? " if "arguments" in known else ""
     return f"{own}known keys: {', '.join(known)}"
 
