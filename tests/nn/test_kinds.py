@@ -7,6 +7,7 @@ import torch
 
 from tetdist.nn import neurons
 from tetdist.nn.neurons import make
+from tetdist.nn.norm_neuron import learned_of
 
 DOUBLE = torch.float64
 
@@ -120,7 +121,7 @@ def doubled(config, seed=0):
             value.detach().double()
             + 0.2 * torch.randn(value.shape, generator=generator, dtype=DOUBLE)
         ).requires_grad_()
-        for name, value in neurons.learned(config, 3).items()
+        for name, value in learned_of(config, 3).items()
     }
 
 
@@ -242,7 +243,7 @@ def test_which_kinds_are_causal_and_what_they_run():
 def test_membranes_are_wide_and_spikes_are_as_the_current(case, dtype):
     config = make(CASES[case][0])
     current = torch.randn(5, 60, 3, generator=torch.Generator().manual_seed(0)).to(dtype)
-    parameters = neurons.learned(config, 3)
+    parameters = learned_of(config, 3)
     spikes, _ = config.run(current, None, **parameters)
     assert spikes.dtype == dtype
     with torch.autocast("cpu", dtype=torch.bfloat16):

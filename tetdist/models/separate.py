@@ -19,7 +19,7 @@ from tetdist.errors import UserError
 from tetdist.models.base import SpikingNetwork, check_logits
 from tetdist.nn import neurons
 from tetdist.nn.batch_norm import BatchNorm
-from tetdist.nn.norm_neuron import FusedLayer
+from tetdist.nn.norm_neuron import FusedLayer, broadcasting, learned_of
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +32,7 @@ def check_neuron(neuron: neurons.NeuronConfig, timesteps: int) -> None:
     remedy = "correct it, or set segments=False"
     try:
         with torch.random.fork_rng(devices=[]):
-            learned = neurons.broadcasting(neuron, neurons.learned(neuron, 4).double(), 2)
+            learned = broadcasting(neuron, learned_of(neuron, 4).double(), 2)
         x = torch.arange(840.0 * timesteps, dtype=torch.float64).view(-1, 7, 4, 5, 6).sin()
         x = (4 * neuron.threshold * x).requires_grad_()
         returned: Any = neuron.run(x, None, **learned)

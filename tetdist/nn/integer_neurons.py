@@ -20,7 +20,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from tetdist.nn.neurons import NEURONS, NeuronConfig, option
+from tetdist.nn.neurons import NEURONS, NeuronConfig, integrate, option
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -61,21 +61,15 @@ class ILIF(NeuronConfig):
     def run(
         self, current: Tensor, membrane: Tensor | None, **parameters: Tensor
     ) -> tuple[Tensor, Tensor]:
-        import torch
+        from tetdist.nn.surrogates import Count
 
-        from tetdist.nn.precision import wide_type
-        from tetdist.nn.surrogates import count
+        def fire(u: Tensor) -> tuple[Tensor, Tensor]:
+            count: Tensor = Count.apply(u / self.threshold, self.most_spikes)
+            reset = self.threshold * (count.detach() if self.detach_reset else count)
+            return self.sent(count), u - reset
 
         assert not parameters
-        wide = wide_type(current)
-        u = torch.zeros_like(current[0], dtype=wide) if membrane is None else membrane
-        counts = []
-        for current_t in current.to(wide):
-            u = self.decay * u + current_t
-            spikes = count(u / self.threshold, self.most_spikes)
-            counts.append(spikes)
-            u = u - self.threshold * (spikes.detach() if self.detach_reset else spikes)
-        return self.sent(torch.stack(counts)).to(current.dtype), u
+        return integrate(current, membrane, self.decay, fire)
 
     def sent(self, counts: Tensor) -> Tensor:
         """Return the neurons' output for their numbers of spikes."""

@@ -54,11 +54,9 @@ class PLIF(LIF):
     def run(
         self, current: Tensor, membrane: Tensor | None, **parameters: Tensor
     ) -> tuple[Tensor, Tensor]:
-        from tetdist.nn.precision import wide_type
-
         (w,) = parameters.values()
-        share = w.to(wide_type(current)).sigmoid()
-        scaled = current.to(share.dtype)
+        scaled = neurons.widened(current)
+        share = w.to(scaled.dtype).sigmoid()
         if self.decay_input:
             scaled = scaled * share
         spikes, membrane = neurons.run(scaled, self, membrane, decay=1 - share)

@@ -13,8 +13,8 @@ The spike has no useful derivative with respect to ``x = u - V_th``; the backwar
 surrogate instead (surrogates.py). The fused path (fused.py) computes the same and is tested against
 this file.
 
-The files of neurons import torch where they compute, because the check of a configuration reads
-only the options.
+The files of neurons import torch where they need more than a tensor's methods, because the check
+of a configuration reads only the options.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from tetdist.errors import UserError, WrongValue
 from tetdist.plugins import Registry
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Tensor
 
 SurrogateName = Literal["triangle", "atan", "sigmoid", "rectangle"]
 
@@ -38,12 +38,22 @@ def spike(x: Tensor, config: LIF) -> Tensor:
 
     With ``spike="sigmoid"``: values between 0 and 1 with their true gradient.
     """
-    from tetdist.nn.surrogates import step
-
-    width = config.surrogate_width
     if config.spike == "sigmoid":
-        return (width * x).sigmoid()
-    return step(x, config.surrogate, width, at_threshold=config.fires_at_threshold)
+        return (config.surrogate_width * x).sigmoid()
+    return step(x, config.surrogate, config.surrogate_width, at_threshold=config.fires_at_threshold)
+
+
+def step(x: Tensor, surrogate: SurrogateName, width: float, *, at_threshold: bool) -> Tensor:
+    """Return 1 where x > 0 (``at_threshold``: x >= 0), else 0, with the surrogate's gradient."""
+    from tetdist.nn.surrogates import Step
+
+    fired: Tensor = Step.apply(x, surrogate, width, at_threshold)
+    return fired
+
+
+def widened(x: Tensor) -> Tensor:
+    """Return floating-point numbers as at least float32."""
+    return x if x.dtype.itemsize > 2 else x.float()
 
 
 def run(
@@ -54,9 +64,6 @@ def run(
 ) -> tuple[Tensor, Tensor]:
     """Run IF or LIF neurons over time.
 
-    The membrane is float32 (float64 for float64 input) for any type of current: in bfloat16 the
-    decayed sum would lose the bits that decide about a spike.
-
     Args:
         current: Input current, (T, ...), T >= 1.
         membrane: Membrane after the last reset of an earlier segment, (...); None: a neuron at rest
@@ -66,20 +73,39 @@ def run(
     Returns:
         Spikes (T, ...) of the current's type, and the membrane after the last reset, (...).
     """
+
+    def fire(u: Tensor) -> tuple[Tensor, Tensor]:
+        s = spike(u - config.threshold, config)
+        s_reset = s.detach() if config.detach_reset else s
+        if config.resets_to_zero:
+            return s, u * (1 - s_reset)
+        return s, u - config.threshold * s_reset
+
+    return integrate(current, membrane, config.decay if decay is None else decay, fire)
+
+
+def integrate(
+    current: Tensor,
+    membrane: Tensor | None,
+    decay: Tensor | float,
+    fire: Callable[[Tensor], tuple[Tensor, Tensor]],
+) -> tuple[Tensor, Tensor]:
+    """Run neurons over time whose membrane decays and adds the current; see `run`.
+
+    The membrane is float32 (float64 for float64 input) for any type of current: in bfloat16 the
+    decayed sum would lose the bits that decide about a spike.
+
+    Args:
+        fire: Maps membranes to spikes and the membranes after the reset.
+    """
     import torch
 
-    from tetdist.nn.precision import wide_type
-
-    decay = config.decay if decay is None else decay
-    compute_type = wide_type(current)
-    u = torch.zeros_like(current[0], dtype=compute_type) if membrane is None else membrane
+    wide = widened(current)
+    u = torch.zeros_like(current[0], dtype=wide.dtype) if membrane is None else membrane
     spikes = []
-    for current_t in current.to(compute_type):
-        u = decay * u + current_t
-        s = spike(u - config.threshold, config)
+    for current_t in wide:
+        s, u = fire(decay * u + current_t)
         spikes.append(s)
-        s_reset = s.detach() if config.detach_reset else s
-        u = u * (1 - s_reset) if config.resets_to_zero else u - config.threshold * s_reset
     return torch.stack(spikes).to(current.dtype), u
 
 
@@ -344,35 +370,5 @@ class ReLU(NeuronConfig):
     def run(
         self, current: Tensor, membrane: Tensor | None, **parameters: Tensor
     ) -> tuple[Tensor, Tensor]:
-        import torch
-
         del membrane, parameters
-        return current.relu(), torch.zeros_like(current[0])
-
-
-def learned(config: NeuronConfig, num_channels: int) -> nn.ParameterDict:
-    """Make a neuron layer's own learnt parameters; optimisers do not decay them."""
-    from torch import nn
-
-    parameters = config.parameters(num_channels)
-    for name, value in parameters.items():
-        if name not in config.over_time and value.shape not in ((), (num_channels,)):
-            raise ValueError(
-                f"the parameter {name} of {type(config).__name__} has the shape "
-                f"{tuple(value.shape)}; it must be () or ({num_channels},), one per channel"
-            )
-    return nn.ParameterDict(parameters)
-
-
-def broadcasting(
-    config: NeuronConfig, parameters: nn.ParameterDict, sides: int
-) -> dict[str, Tensor]:
-    """Return a layer's parameters as `run` takes them.
-
-    Args:
-        sides: Number of the current's dimensions after the channels.
-    """
-    return {
-        name: value if name in config.over_time else value.view(-1, *(1,) * sides)
-        for name, value in parameters.items()
-    }
+        return current.relu(), current.new_zeros(current.shape[1:])

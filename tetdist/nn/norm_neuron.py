@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from tetdist.errors import UserError
-from tetdist.nn import neurons
 from tetdist.nn.batch_norm import BatchNorm
 from tetdist.nn.dropout import DropPath
 from tetdist.nn.fast import dispatch
@@ -139,6 +138,32 @@ class _Membranes(threading.local):
 _membranes = _Membranes()
 
 
+def learned_of(neuron: NeuronConfig, num_channels: int) -> nn.ParameterDict:
+    """Make a neuron layer's own learnt parameters; optimisers do not decay them."""
+    parameters = neuron.parameters(num_channels)
+    for name, value in parameters.items():
+        if name not in neuron.over_time and value.shape not in ((), (num_channels,)):
+            raise ValueError(
+                f"the parameter {name} of {type(neuron).__name__} has the shape "
+                f"{tuple(value.shape)}; it must be () or ({num_channels},), one per channel"
+            )
+    return nn.ParameterDict(parameters)
+
+
+def broadcasting(
+    neuron: NeuronConfig, parameters: nn.ParameterDict, sides: int
+) -> dict[str, Tensor]:
+    """Return a layer's parameters as `NeuronConfig.run` takes them.
+
+    Args:
+        sides: Number of the current's dimensions after the channels.
+    """
+    return {
+        name: value if name in neuron.over_time else value.view(-1, *(1,) * sides)
+        for name, value in parameters.items()
+    }
+
+
 class NeuronLayer(FusedLayer):
     """A layer of neurons, whose membranes `carrying_membranes` takes from segment to segment.
 
@@ -178,7 +203,7 @@ class NeuronLayer(FusedLayer):
 
     def fire_by_definition(self, current: Tensor, timesteps: int) -> Tensor:
         """Compute `fire` by its definition."""
-        learned = neurons.broadcasting(self.neuron, self.learned, 2 if current.ndim == 5 else 0)
+        learned = broadcasting(self.neuron, self.learned, 2 if current.ndim == 5 else 0)
         current = current.expand(timesteps, *current.shape[1:])
         spikes, membrane = self.neuron.run(current, self.membrane, **learned)
         if self.carries:
@@ -245,7 +270,7 @@ class Neuron(NeuronLayer):
 
     def __init__(self, neuron: NeuronConfig, num_channels: int = 1) -> None:
         super().__init__(neuron)
-        self.learned = neurons.learned(neuron, num_channels)
+        self.learned = learned_of(neuron, num_channels)
 
     def forward(
         self,
@@ -317,7 +342,7 @@ class NormNeuron(NeuronLayer):
         super().__init__(neuron)
         self.norm = BatchNorm(num_channels, scale=norm_scale)
         self.drop_path = DropPath(drop_path)
-        self.learned = neurons.learned(neuron, num_channels)
+        self.learned = learned_of(neuron, num_channels)
 
     def forward(
         self,

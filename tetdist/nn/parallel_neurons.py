@@ -20,7 +20,15 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from tetdist.nn.neurons import NEURONS, NeuronConfig, SurrogateName, kind_of, option
+from tetdist.nn.neurons import (
+    NEURONS,
+    NeuronConfig,
+    SurrogateName,
+    kind_of,
+    option,
+    step,
+    widened,
+)
 from tetdist.wording import counted
 
 if TYPE_CHECKING:
@@ -52,22 +60,19 @@ class ParallelNeuron(NeuronConfig):
     def run(
         self, current: Tensor, membrane: Tensor | None, **parameters: Tensor
     ) -> tuple[Tensor, Tensor]:
-        import torch
-
-        from tetdist.nn.precision import exact, wide_type
+        from tetdist.nn.precision import exact
 
         assert membrane is None, "it would have to know all earlier currents"
-        wide = wide_type(current)
-        parameters = {name: value.to(wide) for name, value in parameters.items()}
+        wide = widened(current)
+        parameters = {name: value.to(wide.dtype) for name, value in parameters.items()}
         weight, bias = self.sums_over_time(len(current), **parameters)
         with exact(current):
-            h = torch.addmm(bias[:, None], weight, current.to(wide).flatten(1))
-        return self.fired(h.view(current.shape)).to(current.dtype), torch.zeros_like(current[0])
+            h = bias[:, None].addmm(weight, wide.flatten(1))
+        spikes = self.fired(h.view(current.shape)).to(current.dtype)
+        return spikes, current.new_zeros(current.shape[1:])
 
     def fired(self, h: Tensor) -> Tensor:
         """Return the spikes of H, with the surrogate's gradient."""
-        from tetdist.nn.surrogates import step
-
         return step(h, self.surrogate, self.surrogate_width, at_threshold=True)
 
 
@@ -163,13 +168,11 @@ class SlidingPSN(ParallelNeuron):
         ...)."""
         import torch
 
-        from tetdist.nn.precision import wide_type
-
-        wide = wide_type(current)
-        weight, bias = (parameters[name].to(wide) for name in ("weight", "bias"))
+        wide = widened(current)
+        weight, bias = (parameters[name].to(wide.dtype) for name in ("weight", "bias"))
         if membrane is None:
-            membrane = current.new_zeros((self.order - 1, *current.shape[1:]), dtype=wide)
-        present = torch.cat([membrane, current.to(wide)])
+            membrane = wide.new_zeros((self.order - 1, *current.shape[1:]))
+        present = torch.cat([membrane, wide])
         timesteps = len(current)
         h = sum(weight[i] * present[i : i + timesteps] for i in range(self.order)) + bias
         return self.fired(h).to(current.dtype), present[timesteps:]

@@ -31,11 +31,11 @@ def rectangle(x: Tensor, width: float) -> Tensor:
 
 # In the order of their numbers in kernels/neuron.cpp.
 SURROGATES: dict[str, Callable[[Tensor, float], Tensor]] = {
-    one.__name__: one for one in (triangle, atan, sigmoid, rectangle)
+    function.__name__: function for function in (triangle, atan, sigmoid, rectangle)
 }
 
 
-class _Spike(torch.autograd.Function):
+class Step(torch.autograd.Function):
     """Heaviside step in the forward pass, surrogate in the backward pass."""
 
     @staticmethod
@@ -50,13 +50,7 @@ class _Spike(torch.autograd.Function):
         return grad_outputs[0] * SURROGATES[ctx.surrogate](x, ctx.width), None, None, None
 
 
-def step(x: Tensor, surrogate: str, width: float, *, at_threshold: bool) -> Tensor:
-    """Return 1 where x > 0 (``at_threshold``: x >= 0), else 0, with the surrogate's gradient."""
-    fired: Tensor = _Spike.apply(x, surrogate, width, at_threshold)
-    return fired
-
-
-class _Count(torch.autograd.Function):
+class Count(torch.autograd.Function):
     """``round(clip(x, 0, most))`` in the forward pass, ``clip``'s gradient in the backward pass."""
 
     @staticmethod
@@ -69,9 +63,3 @@ class _Count(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
         (x,) = ctx.saved_tensors
         return grad_outputs[0] * ((x >= 0) & (x <= ctx.most)), None
-
-
-def count(x: Tensor, most: int) -> Tensor:
-    """Return ``round(clip(x, 0, most))``, with the gradient of ``clip``."""
-    counted: Tensor = _Count.apply(x, most)
-    return counted
