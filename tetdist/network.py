@@ -82,12 +82,12 @@ def load_model(
     world: World,
 ) -> SpikingNetwork:
     """Return the model of `make_model` with weights, on the device, the same on all processes."""
-    model = world.run_on_all(
-        lambda: make_model(config, index, lambda m: checkpoint.load_weights(m, weights, source))
-    )
+    with world.together():
+        model = make_model(config, index, lambda m: checkpoint.load_weights(m, weights, source))
     choose_algorithms(config.precision)
     if config.execution == "fused":
-        world.run_on_all(lambda: choose_kernels(world))
+        with world.together():
+            choose_kernels(world)
     place(model, world.device, config.precision)
     return model
 

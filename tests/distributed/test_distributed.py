@@ -34,7 +34,9 @@ def test_alone_in_spite_of_a_stray_variable(name, monkeypatch):
         assert (world.rank, world.world_size) == (0, 1)
         assert world.sum([1.5, 2.0]) == [1.5, 2.0]
         assert world.from_rank_0("x") == "x"
-        assert world.run_on_all(lambda: 3) == 3
+        with world.together():
+            alone = 3
+        assert alone == 3
 
 
 @pytest.mark.parametrize(
@@ -100,7 +102,9 @@ def test_two_processes(farm, tmp_path):
 
             for ranks in ((), (0,), (1,), (0, 1)):
                 try:
-                    print("together", ranks, "returned", world.run_on_all(fail(ranks)))
+                    with world.together():
+                        returned = fail(ranks)()
+                    print("together", ranks, "returned", returned)
                 except UserError as error:
                     print("together", ranks, "error", error)
                 except SystemExit as ended:

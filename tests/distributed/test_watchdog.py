@@ -55,13 +55,15 @@ sys.exit(train.main(["--config", sys.argv[1]]))
 def test_the_cause_is_printed_not_what_came_of_it(of, farm, tiny_config, tmp_path):
     """Rank 0 fails, in an action of all or alone, and takes long to end; rank 1 only notices."""
     code = """
+import contextlib
 from tetdist.distributed import watchdog
 from tetdist.errors import UserError
 watchdog.BEAT, watchdog.SILENCE_IN_TROUBLE = 0.1, 0.5
-def fail():
-    if os.environ["RANK"] == "0":
-        raise UserError("the cause")
-trainer.Trainer._check_finite = lambda self: self.world.run_on_all(fail) if OF_ALL else fail()
+def fail(trainer):
+    with trainer.world.together() if OF_ALL else contextlib.nullcontext():
+        if os.environ["RANK"] == "0":
+            raise UserError("the cause")
+trainer.Trainer._check_finite = fail
 leave = trainer.Trainer._leave
 trainer.Trainer._leave = lambda self: (time.sleep(2 - 2 * self.world.rank), leave(self))
 """.replace("OF_ALL", str(of == "all"))

@@ -344,7 +344,7 @@ def make_trainer(case: Case, config: Any, world: Any) -> Any:
             self.prepared = prepared._prepare(config, world)
             self.model = self.prepared.model
             self.average = WeightAverage.of(self.model, config.ema)
-            self.window = Window(config, world)
+            self.window = Window(config.batch.global_, world)
             self.optimizer_state = self.loss_scale_state = None
             self.teacher = _teacher(config, index) if case.learns else None
             self.tracker = self.phase = None

@@ -124,7 +124,7 @@ def test_networks_of_imported_files_draw_from_generators_that_are_seeded(monkeyp
         world = SimpleNamespace(device=torch.device(device))
         torch.manual_seed(0)
         seeded.clear()
-        step_module.Step._seed(SimpleNamespace(config=config, world=world), 3, 1)
+        step_module.Step._draw(SimpleNamespace(config=config, world=world, _dropping=()), 3, 1)
         assert (torch.initial_seed(), seeded) == (seed, expected)
 
 
@@ -138,10 +138,9 @@ def test_speed_and_waiting_are_those_since_the_last_line(monkeypatch, caplog):
 
     monkeypatch.setattr(window, "time", Clock)
     update = Update(grad_norm=torch.tensor(1.0), applied=torch.tensor(True))
-    config = SimpleNamespace(batch=SimpleNamespace(global_=11))
     sums = torch.tensor([8.0, 4.0, 16.0], dtype=torch.float64)
     with join("cpu") as alone:
-        found = window.Window(config, alone)
+        found = window.Window(11, alone)
         monkeypatch.delattr(type(alone), "gather")  # a line costs one collective, without pickle
         found.restart(waited=5.0)
         for step in (1, 2):

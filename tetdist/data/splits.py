@@ -12,7 +12,6 @@ from tetdist.errors import UserError
 def open_data(config: RunConfig, world: World) -> tuple[Index, Index]:
     """Return the indexes of the training and evaluation samples, checked against the files and each
     other: two splits, or two parts of the training split (`held_out`)."""
-    evaluated_split(config)  # so that planning a run reports damage, too
     train = open_split(config, "train", world)
     if config.data.held_out:
         train, val = held_out.divide(
@@ -35,6 +34,7 @@ def open_data(config: RunConfig, world: World) -> tuple[Index, Index]:
         raise UserError(
             f"model.num_classes={num_classes} is below the data's {least} classes; raise it"
         )
+    evaluated_split(config)  # so that planning a run reports damage, too
     return train, val
 
 

@@ -4,13 +4,14 @@ import os
 import platform
 import re
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Self, TypeVar
+from typing import Any, Self
 
 import torch
 import torch.distributed as dist
@@ -24,7 +25,6 @@ from tetdist.distributed.waiting import Waiting
 from tetdist.errors import FailedElsewhere, UserError
 
 _VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-Result = TypeVar("Result")
 
 # A collective waits this much longer than watchdog.py, which can name the missing process.
 MARGIN = timedelta(seconds=60)
@@ -124,26 +124,25 @@ class World:
         port, secret = self.from_rank_0((store and store.port, secrets.token_hex(16)))
         return meeting.SignedStore(store or meeting.connect(meeting.address(), port), secret)
 
-    def run_on_all(self, action: Callable[[], Result]) -> Result:
-        """Run an action on every process; if it fails on some, fail on all.
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Run the body of the context on every process; if it fails on some, fail on all.
 
         Raises:
-            UserError: The action's error (of this or any other type), on the lowest rank where it
+            UserError: The body's error (of this or any other type), on the lowest rank where it
                 failed.
             FailedElsewhere: Status 2, on all other ranks.
         """
-        result: Any = None
         failure: Exception | None = None
         try:
-            result = action()
+            yield
         except Exception as error:
             failure = error
         failed = self.gather(failure is not None)
-        if not any(failed):
-            return result
         if failure is not None and failed.index(True) == self.rank:
             raise failure
-        raise FailedElsewhere(2)
+        if any(failed):
+            raise FailedElsewhere(2)
 
     def wait_for_device(self) -> None:
         """Wait until the GPU has finished its queued work; the host runs some steps ahead."""

@@ -17,6 +17,7 @@ Learning rate, averaging over processes, update and running statistics stay outs
 
 import functools
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -50,16 +51,16 @@ class Graphed:
         self,
         function: Callable[..., Tensor],
         model: SpikingNetwork,
-        agree: Callable[[Callable[[], None]], None] = lambda action: action(),
+        together: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         """
         Args:
             function: Function of images, targets and further tensors that adds to the gradients of
                 the model's parameters and returns a tensor.
             model: Model whose parameters and buffers are all that the function changes.
-            agree: Runs an action that may fail on some processes; see `World.run_on_all`.
+            together: A context for what may fail on some processes; see `World.together`.
         """
-        self._function, self._model, self._agree = function, model, agree
+        self._function, self._model, self._together = function, model, together
         self._norms = [module for module in model.modules() if isinstance(module, BatchNorm)]
         self._graphs: dict[int, _Graph] = {}  # by T
 
@@ -71,7 +72,8 @@ class Graphed:
         """
         graph = self._graphs.get(self._model.timesteps)
         if graph is None:
-            self._agree(lambda: self._capture(given))
+            with self._together():
+                self._capture(given)
             graph = self._graphs[self._model.timesteps]
         for static, tensor in zip(graph.inputs, given, strict=True):
             static.copy_(tensor)

@@ -4,7 +4,6 @@ Steps whose loss or gradient is not finite are counted, and examined if they do 
 that no longer fire, or always do, are reported.
 """
 
-import logging
 import math
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
@@ -18,8 +17,6 @@ from tetdist.errors import UserError
 from tetdist.nn.batch_norm import BatchNorm
 from tetdist.nn.norm_neuron import FusedLayer
 from tetdist.wording import counted
-
-logger = logging.getLogger(__name__)
 
 LIMIT = 5  # non-finite steps in a row that end a run
 
@@ -52,12 +49,6 @@ class NonFiniteSteps:
         count = int(self._total - self._reported)
         self._reported = self._total
         return count
-
-    def warn(self, step: int, number: int) -> None:
-        """Log the number of such steps since the last line of metrics, if any."""
-        if number:
-            text = "step %d: %s since the last line had no finite gradient and changed nothing"
-            logger.warning(text, step, counted(number, "step"))
 
     def fail(
         self, lr: float, reports: list[str | None], saved_step: int | None, checkpoints: Path

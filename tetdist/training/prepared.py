@@ -34,8 +34,10 @@ class Prepared:
     Attributes:
         model: The network, on its device; the same on all processes.
         phases: Phases with their optimiser steps.
+        last_step, first_step: Steps at which the run ends, and begins unless it resumes.
         micro_batches: Numbers of this process's micro-batches, counted over all processes.
         data_split: Name of the evaluated split; see `evaluated_split`.
+        resumes: True if the run has a checkpoint of its own, and needs no initial weights.
     """
 
     config: RunConfig
@@ -46,12 +48,10 @@ class Prepared:
     phases: list[Phase]
     steps_per_epoch: int
     last_step: int
+    first_step: int
     micro_batches: Sequence[int]
     data_split: str | None
-
-    @property
-    def first_step(self) -> int:
-        return self.phases[self.config.start_phase].first_step
+    resumes: bool
 
     def phase_at(self, step: int) -> Phase:
         return phase_at(self.phases, step)
@@ -93,15 +93,18 @@ class Prepared:
 
 def prepare(config: RunConfig, world: World) -> Prepared:
     """Open data and build the model, on every process."""
-    prepared = world.run_on_all(lambda: _prepare(config, world))
+    with world.together():
+        prepared = _prepare(config, world)
     if config.execution == "fused":
-        world.run_on_all(lambda: choose_kernels(world))
+        with world.together():
+            choose_kernels(world)
     return prepared
 
 
 def _prepare(config: RunConfig, world: World) -> Prepared:
     _check_device(config, world)
     train, val = open_data(config, world)
+    data_split = evaluated_split(config)
     bins, seen = train.timesteps or 0, max(phase.most_timesteps for phase in config.phases)
     if bins > seen and world.rank == 0:
         way = f"set phases.{len(config.phases) - 1}.timesteps={bins} to see all"
@@ -110,11 +113,21 @@ def _prepare(config: RunConfig, world: World) -> Prepared:
     steps_per_epoch = order.steps_per_epoch(len(train), batch.global_)
     phases = schedule_phases(config.phases, steps_per_epoch, batch.global_)
     end = phases[-1].end_step
-    last_step = min(end, config.max_steps or end)
-    _check_steps(config, phases, last_step)
+    last_step, first_step = min(end, config.max_steps or end), phases[config.start_phase].first_step
+    if last_step <= first_step:
+        raise UserError(
+            f"max_steps={config.max_steps} ends the run before phase {config.start_phase} begins, "
+            f"after step {first_step}; raise it: max_steps counts from the first phase"
+        )
+    if config.profile is not None and config.profile[0] > last_step:
+        raise UserError(
+            f"profile: step {config.profile[0]:,} comes after the run's last step, {last_step:,}; "
+            "choose earlier steps"
+        )
     torch.manual_seed(config.seed)
     choose_algorithms(config.precision, deterministic=config.deterministic)
-    source = None if resumes(config) else config.init_checkpoint
+    resumes = selection.last(config.run_dir / "checkpoints") is not None
+    source = None if resumes else config.init_checkpoint
     load = partial(_load_initial_weights, config, train, world, source) if source else None
     model = make_model(config, train, load)
     model.to(world.device, parameter_type(config.precision))
@@ -124,13 +137,20 @@ def _prepare(config: RunConfig, world: World) -> Prepared:
     micro_batches = order.rank_micro_batches(
         world.rank, world.world_size, batch.global_, batch.micro
     )
-    placed = (phases, steps_per_epoch, last_step, micro_batches)
-    return Prepared(config, world, train, val, model, *placed, evaluated_split(config))
-
-
-def resumes(config: RunConfig) -> bool:
-    """Return whether a run has a checkpoint of its own, and needs no initial weights."""
-    return selection.last(config.run_dir / "checkpoints") is not None
+    return Prepared(
+        config,
+        world,
+        train,
+        val,
+        model,
+        phases,
+        steps_per_epoch,
+        last_step,
+        first_step,
+        micro_batches,
+        data_split,
+        resumes,
+    )
 
 
 def _load_initial_weights(
@@ -172,17 +192,3 @@ def _check_device(config: RunConfig, world: World) -> None:
         raise UserError("cuda_graphs=true needs a GPU; remove it or set device=cuda")
     if config.data.device == "gpu" and world.device.type == "cpu":
         raise UserError("data.device=gpu needs a GPU, but this run is on the CPU; set it to cpu")
-
-
-def _check_steps(config: RunConfig, phases: list[Phase], last_step: int) -> None:
-    first = phases[config.start_phase].first_step
-    if last_step <= first:
-        raise UserError(
-            f"max_steps={config.max_steps} ends the run before phase {config.start_phase} begins, "
-            f"after step {first}; raise it: max_steps counts from the first phase"
-        )
-    if config.profile is not None and config.profile[0] > last_step:
-        raise UserError(
-            f"profile: step {config.profile[0]:,} comes after the run's last step, {last_step:,}; "
-            "choose earlier steps"
-        )

@@ -32,10 +32,10 @@ def train(
     """
     # With a launcher, the watch prints no errors: the launcher does.
     shows_errors, launcher = launcher is None, launcher or Launcher()
-    on_failure = launcher.on_failure
+    on_failure, shared = launcher.on_failure, of_all_hosts(config)
     try:
         with (
-            join(config.device, config.peer_timeout, config.run_dir, of_all_hosts(config)) as world,
+            join(config.device, config.peer_timeout, config.run_dir, shared) as world,
             StopRequest(world) as stop,
             Watch(world, config.peer_timeout, shows_errors=shows_errors) as watch,
         ):

@@ -138,9 +138,8 @@ class RunFolder:
 
     def newest_checkpoint(self) -> checkpoint.Checkpoint | None:
         """Return the checkpoint to continue from, the same on every process."""
-        newest = self.world.run_on_all(
-            lambda: checkpoint.newest(self.checkpoints) if self.world.rank == 0 else None
-        )
+        with self.world.together():
+            newest = checkpoint.newest(self.checkpoints) if self.world.rank == 0 else None
         name = self.world.from_rank_0(newest.path.name if newest else None)
         if name is None or newest is not None:
             return newest

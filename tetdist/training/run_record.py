@@ -61,19 +61,16 @@ class RunRecord:
             yield None
             return
         config, folder = self.config, self.config.run_dir
-        tracker = Tracker(
-            TrackedRun(
-                folder,
-                config.name,
-                params=flatten(config.as_dict()),
-                tags=self._tags() | {"hosts": " ".join(hosts)},
-                resume_step=step if (folder / "metrics.jsonl").exists() else None,
-                note=self._note(),
-                finished=finished,
-            ),
-            Destination.of(config),
-            config.tracking.trackers,
+        run = TrackedRun(
+            folder,
+            config.name,
+            params=flatten(config.as_dict()),
+            tags=self._tags() | {"hosts": " ".join(hosts)},
+            resume_step=step if (folder / "metrics.jsonl").exists() else None,
+            note=self._note(),
+            finished=finished,
         )
+        tracker = Tracker(run, Destination.of(config), config.tracking.trackers)
         show_checkpoints(tracker, folder / "checkpoints")
         own = (folder / "imports").glob("*")
         for file in (folder / "config.yaml", folder / "environment.json", *own):

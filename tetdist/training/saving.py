@@ -98,7 +98,9 @@ class Saving:
         Raises:
             UserError: It could not be written: the disk is full, ...
         """
-        self.run.world.run_on_all(lambda: self._written and self._written.result())
+        with self.run.world.together():
+            if self._written is not None:
+                self._written.result()
         if self.step is not None:
             self.watch.after = CONTINUES
 

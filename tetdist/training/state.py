@@ -1,6 +1,5 @@
-"""The start of a run, optionally from given weights, and its resumption from checkpoints."""
+"""The state of a run in its checkpoints, and its resumption from them."""
 
-import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -9,10 +8,8 @@ from typing import Any
 from tetdist.errors import UserError
 from tetdist.storage import checkpoint
 from tetdist.training.ema import WeightAverage
-from tetdist.training.prepared import Prepared, resumes
+from tetdist.training.prepared import Prepared
 from tetdist.training.teacher import Teacher
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -66,7 +63,7 @@ def restore(saved: checkpoint.Checkpoint, run: Prepared, average: WeightAverage 
 
 
 def teacher_again(state: RunState, path: Path, run: Prepared) -> Teacher | None:
-    """Open the teacher of a resumed run, if it has one.
+    """Load the teacher of a resumed run, if it has one.
 
     Raises:
         UserError: The teacher has changed since the checkpoint at ``path`` was written.
@@ -78,10 +75,3 @@ def teacher_again(state: RunState, path: Path, run: Prepared) -> Teacher | None:
             f"{run.config.loss.distillation.teacher} now is; restore that, or set another name=..."
         )
     return teacher
-
-
-def begin(run: Prepared) -> Teacher | None:
-    """Load the teacher of a new run; see `teacher_again`."""
-    if resumes(run.config):
-        return None
-    return Teacher.of(run.config, run.train, run.world.device)

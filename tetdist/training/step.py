@@ -60,11 +60,13 @@ class Step:
         self.micro_batches, self.average = micro_batches, average
         self.section = config.phases[phase]
         self.loss = config.loss_of(self.section)
+        model.set_timesteps(self.section.most_timesteps)
         self.teacher = teacher if self.loss.distillation.weight else None
         self._dropping = dropout.dropping(model)
+        self._num_factors = dropout.num_factors(self._dropping)
         self._run: Callable[..., Tensor] = self._add_micro_batch
         if config.cuda_graphs:
-            self._run = graphs.Graphed(self._add_micro_batch, model, world.run_on_all)
+            self._run = graphs.Graphed(self._add_micro_batch, model, world.together)
 
     def take(self, step: int, batches: Iterable[MicroBatch], lr: float) -> tuple[Update, Tensor]:
         """Take one step.
@@ -97,8 +99,7 @@ class Step:
         sums = torch.zeros(3, dtype=torch.float64, device=self.world.device)
         with self._timesteps_of(step):
             for number, (images, targets) in zip(self.micro_batches, batches, strict=True):
-                self._seed(step, number)
-                sums += self._run(images, targets, *self._dropped(step, number))
+                sums += self._run(images, targets, *self._draw(step, number))
         update = self.engine.update(lr)
         batch_norm.update_running_statistics(self.model, self.world.mean_, update.applied)
         if self.average is not None:
@@ -112,8 +113,9 @@ class Step:
     @contextlib.contextmanager
     def _timesteps_of(self, step: int) -> Iterator[None]:
         """Give the model the T that a step draws; otherwise it has the phase's largest."""
-        if is_drawn := len(self.section.choices) > 1:
-            self.model.set_timesteps(self.timesteps(step))
+        timesteps, is_drawn = self.timesteps(step), len(self.section.choices) > 1
+        if is_drawn:
+            self.model.set_timesteps(timesteps)
         yield
         if is_drawn:
             self.model.set_timesteps(self.section.most_timesteps)
@@ -136,27 +138,25 @@ class Step:
     def _teacher_logits(self, images: Tensor) -> Tensor | None:
         return None if self.teacher is None else self.teacher(images)
 
-    def _seed(self, step: int, micro_batch: int) -> None:
-        """Seed the generators from which networks of imported files may draw; others never do."""
-        if not self.config.imports:
-            return
-        seed = order.forward_seed(self.config.seed, step, micro_batch)
-        # torch.manual_seed takes 80 times as long: it looks for devices of every kind.
-        torch.default_generator.manual_seed(seed)
-        if self.world.device.type == "cuda":
-            torch.cuda.manual_seed(seed)
-
-    def _dropped(self, step: int, micro_batch: int) -> tuple[Tensor, ...]:
+    def _draw(self, step: int, micro_batch: int) -> tuple[Tensor, ...]:
         """Return the dropout masks of a micro-batch, which are inputs of a CUDA graph.
 
-        They depend on the samples' positions in the global batch; () without layers that drop.
+        They depend on the samples' positions in the global batch; () without layers that drop. For
+        networks of imported files, which may draw otherwise, seed torch's generators.
         """
+        config, device = self.config, self.world.device
+        if config.imports:
+            seed = order.forward_seed(config.seed, step, micro_batch)
+            # torch.manual_seed takes 80 times as long: it looks for devices of every kind.
+            torch.default_generator.manual_seed(seed)
+            if device.type == "cuda":
+                torch.cuda.manual_seed(seed)
         if not self._dropping:
             return ()
-        config, count = self.config, dropout.num_factors(self._dropping)
+        count = self._num_factors
         uniforms = order.drop_uniforms(config.seed, step, micro_batch, config.batch.micro, count)
         factors = dropout.factors(self._dropping, torch.from_numpy(uniforms))
-        return (on_device(factors, self.world.device, parameter_type(config.precision)),)
+        return (on_device(factors, device, parameter_type(config.precision)),)
 
     def _drop(self, dropped: tuple[Tensor, ...]) -> None:
         for factors in dropped:
@@ -170,9 +170,8 @@ class Step:
         numbers = iter(self.micro_batches)
 
         def loss(images: Tensor, targets: Tensor) -> Tensor:
-            number = next(numbers)
-            self._seed(step, number)
-            self._drop(self._dropped(step, number))
+            dropped = self._draw(step, next(numbers))
+            self._drop(dropped)
             with autocast(self.world.device, self.config.precision):
                 logits = self.model(images, per_timestep=True)
             return self._loss(images, logits, targets)

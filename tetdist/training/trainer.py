@@ -35,6 +35,7 @@ from tetdist.training.run_record import Launcher, RunRecord
 from tetdist.training.saving import Saving
 from tetdist.training.schedule import Phase
 from tetdist.training.step import Step
+from tetdist.training.teacher import Teacher
 from tetdist.training.window import Window
 
 logger = logging.getLogger(__name__)
@@ -51,22 +52,23 @@ class Trainer:
     def __init__(self, config: RunConfig, world: World, stop: StopRequest, watch: Watch) -> None:
         self.config, self.world, self.stop, self.watch = config, world, stop, watch
         self.prepared = run = prepare(config, world)
-        self.model, self.last_step = run.model, run.last_step
         self.step = self.evaluated_step = run.first_step  # optimiser steps done
-        self.window = Window(config, world)
+        self.window = Window(config.batch.global_, world)
         self.optimizer_state: dict[str, Any] | None = None
         self.loss_scale_state: dict[str, float] | None = None
-        # Before the run's folder is made, so that a mistake leaves nothing behind.
-        self.teacher = world.run_on_all(lambda: state.begin(run))
         self.average = WeightAverage.of(run.model, config.ema)
-        self.folder = world.run_on_all(lambda: RunFolder(config, world))
+        with world.together():
+            # Before the run's folder is made, so that a mistake leaves nothing behind.
+            self.teacher = None if run.resumes else Teacher.of(config, run.train, world.device)
+            self.folder = RunFolder(config, world)
         self.saving = Saving(run, stop, watch)
         self.evaluations = Evaluations(run, self.average, stop.agreed, self._evaluated)
         self.feed = Feed(run, self._on_batch)
         checkpoint = self.folder.newest_checkpoint()
         if checkpoint is not None:
             watch.after = CONTINUES
-            world.run_on_all(lambda: self._restore(checkpoint))
+            with world.together():
+                self._restore(checkpoint)
         self.phase: Phase | None = None
         self.observers = Observers()
 
@@ -110,7 +112,7 @@ class Trainer:
 
     @property
     def finished(self) -> bool:
-        return self.step >= self.last_step and not self._evaluation_due()
+        return self.step >= self.prepared.last_step and not self._evaluation_due()
 
     def _evaluation_due(self) -> bool:
         return self.step != self.evaluated_step and self.prepared.is_evaluated_at(self.step)
@@ -122,14 +124,12 @@ class Trainer:
         if self.phase is None or phase.section.optimizer != "continue":
             self._leave()
             self._open_engine(phase)
-        run = self.prepared
-        self.model.set_timesteps(phase.section.most_timesteps)
         self.training_step = Step(
-            run.config,
-            run.model,
+            self.config,
+            self.prepared.model,
             self.engine,
-            run.world,
-            run.micro_batches,
+            self.world,
+            self.prepared.micro_batches,
             teacher=self.teacher,
             average=self.average,
             phase=phase.number,
@@ -138,7 +138,7 @@ class Trainer:
         self.phase = phase
 
     def _open_engine(self, phase: Phase) -> None:
-        run, optimizer = self.prepared, make_optimizer(self.model, phase.optimizer)
+        run, optimizer = self.prepared, make_optimizer(self.prepared.model, phase.optimizer)
         parts = EngineParts(run.config, run.model, optimizer, len(run.micro_batches), run.world)
         self.engine = make_engine(parts)
         # At the start of a phase a checkpoint holds the optimiser of the previous phase.
@@ -168,7 +168,7 @@ class Trainer:
     # --- training -----------------------------------------------------------------------------
 
     def _train_epoch(self) -> None:
-        self.model.train()
+        self.prepared.model.train()
         self.window.restart(self.feed.waited)
         end = self.prepared.end_of_epoch(self.step)
         while self.step < end:
@@ -211,8 +211,6 @@ class Trainer:
             "grad_norm": grad_norm,
             "eta_s": self.progress.seconds_left(),
         }
-        if self.world.rank == 0:
-            self.window.non_finite.warn(self.step, values["non_finite_steps"])
         self._log("train", values)
         self.progress.report_training(self.step, values)
         self.observers.on_line("train", self.step, values)
@@ -228,7 +226,8 @@ class Trainer:
         reports = self.world.gather(None if examination.is_finite else str(examination))
         lr, checkpoints = self.prepared.learning_rate(last - 1), self.folder.checkpoints
         self.saving.wait()
-        self.world.run_on_all(lambda: non_finite.fail(lr, reports, self.saving.step, checkpoints))
+        with self.world.together():
+            non_finite.fail(lr, reports, self.saving.step, checkpoints)
 
     # --- evaluation ---------------------------------------------------------------------------
 

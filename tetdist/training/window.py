@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tetdist.config.schema import RunConfig
 from tetdist.distributed.world import World
 from tetdist.training.engines.base import LossScale, Update
 from tetdist.training.health import NonFiniteSteps
 from tetdist.training.step import CORRECT, LOSS, SAMPLES
 from tetdist.training.stragglers import RankTimes, Stragglers, compared
+from tetdist.wording import counted
 
 logger = logging.getLogger(__name__)
 
@@ -28,8 +28,8 @@ class Window:
         non_finite: Skipped steps.
     """
 
-    def __init__(self, config: RunConfig, world: World) -> None:
-        self._world, self._global_batch = world, config.batch.global_
+    def __init__(self, global_batch: int, world: World) -> None:
+        self._world, self._global_batch = world, global_batch
         self._hosts = world.gather(platform.node())
         self.sums = torch.zeros(3, dtype=torch.float64, device=world.device)
         self.non_finite = NonFiniteSteps(world.device)
@@ -48,6 +48,7 @@ class Window:
         """
         self.sums += torch.where(update.applied, sums, 0.0)
         self.non_finite.record(step, update.applied)
+        self._step = step
         self._steps += 1
         self._timesteps += timesteps
 
@@ -71,16 +72,20 @@ class Window:
         gathered = self._world.gather_numbers([*sums, own / steps, data / steps])
         ranks = [RankTimes(host, *of[3:]) for host, of in zip(self._hosts, gathered, strict=True)]
         if self._world.rank == 0:
-            for found in self._stragglers.new(ranks):
-                logger.warning("%s", found)
+            for straggler in self._stragglers.new(ranks):
+                logger.warning("%s", straggler)
         loss, correct, samples = map(math.fsum, list(zip(*gathered, strict=True))[:3])
         if self._world.rank == 0 and not math.isfinite(loss):  # skipped steps count as 0
             logger.warning("the loss is %s though its gradient is finite; correct loss.kind", loss)
+        skipped = self.non_finite.new()
+        if self._world.rank == 0 and skipped:
+            text = "step %d: %s since the last line had no finite gradient and changed nothing"
+            logger.warning(text, self._step, counted(skipped, "step"))
         seconds = max(time.monotonic() - self._started, 1e-9)
         values: dict[str, Any] = {
             "loss": loss / samples if samples else math.nan,
             "top1": 100 * correct / samples if samples else math.nan,
-            "non_finite_steps": self.non_finite.new(),
+            "non_finite_steps": skipped,
             "samples_per_s": self._steps * self._global_batch / seconds,
             "image_timesteps_per_s": self._timesteps * self._global_batch / seconds,
             **compared(ranks, seconds / steps),

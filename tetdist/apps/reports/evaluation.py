@@ -56,7 +56,8 @@ def evaluate_checkpoint(options: argparse.Namespace) -> None:
         join(options.device, run=vars(options) | {"local_rank": None}) as world,
         Watch(world, HANGS_AFTER, after="nothing was written") as watch,
     ):
-        opened = world.run_on_all(lambda: open_checkpoint(options, world))
+        with world.together():
+            opened = open_checkpoint(options, world)
         config, split = opened.config, opened.split
         model = load_model(config, split, opened.weights, options.checkpoint, world)
         model.set_timesteps(opened.subject.headline)
@@ -64,7 +65,9 @@ def evaluate_checkpoint(options: argparse.Namespace) -> None:
         evaluator = Evaluator(model, config, split, world, alive)
         evaluate = evaluate_in_integers if options.int8 else evaluate_network
         result = evaluate(evaluator, opened, options)
-        world.run_on_all(lambda: show(result, options) if world.rank == 0 else None)
+        with world.together():
+            if world.rank == 0:
+                show(result, options)
 
 
 def evaluate_network(
@@ -78,13 +81,11 @@ def evaluate_network(
     if options.exit_within is None:
         return suite()
     headline, description = opened.subject.headline, opened.description
-
-    def samples_to_choose_on() -> Evaluator:
+    with evaluator.world.together():
         if options.measured:
             stream_of(evaluator.model)  # fails if the network cannot be streamed
-        return calibration.calibration(evaluator, headline, description.classes, options.exit_on)
-
-    chosen_on = evaluator.world.run_on_all(samples_to_choose_on)
+        classes, split = description.classes, options.exit_on
+        chosen_on = calibration.calibration(evaluator, headline, classes, split)
     choice = choose_exit(chosen_on, headline, options.exit_within)
     if options.exit_on:
         root = description.config["data"]["root"]
@@ -104,7 +105,8 @@ def evaluate_in_integers(
     top1 = evaluator.run("real numbers", real.add).top1
     trained = Trained(evaluator.model.cpu(), opened.config, opened.description)
     most = max(opened.description.timesteps, *opened.subject.reported_timesteps)
-    converted: Any = world.run_on_all(lambda: integers.convert(trained, most))
+    with world.together():
+        converted: Any = integers.convert(trained, most)
     evaluator = replace(evaluator, model=converted.to(world.device))
     result = evaluate_network(evaluator, opened, options, also=whole.add)
     (changed,) = world.sum([real.differing(whole)])
