@@ -22,7 +22,7 @@ from triton.runtime.jit import JITFunction
 
 from tetdist.nn.batch_norm import BatchNorm
 from tetdist.nn.fast import triton_kernels
-from tetdist.nn.fast.fused import Affine, Inputs
+from tetdist.nn.fast.fused import Affine, Averages, Inputs, OutputGradients
 from tetdist.nn.fast.pooling import Pooled
 from tetdist.nn.neurons import LIF, NeuronConfig
 
@@ -112,20 +112,20 @@ class Layer(Part):
             x = empty(*all_steps)
             starts = kernels.dynamics.carried
             start = empty(starts, *one_step, dtype=self.wide) if self.carries else None
-            affine = kernels.normalization(norm, x, norm.weight, norm.bias)
+            affine = kernels.normalization(norm, x)
             shortcut = of_shortcut = None
             if self.shortcut != "none":
                 shortcut = empty(*all_steps)
             if self.shortcut == "normalized":
                 assert shortcut is not None
-                of_shortcut = kernels.normalization(norm, shortcut, norm.weight, norm.bias)
+                of_shortcut = kernels.normalization(norm, shortcut)
             inputs = Inputs(x, shortcut, affine, of_shortcut, start, self.learned())
             kernels.spikes(inputs, empty(*all_steps) if self.identity else None)
-            grads = (empty(*all_steps), start)
-            sums, _ = kernels.sums(inputs, *grads)
+            grads = OutputGradients(empty(*all_steps), start)
+            sums, _ = kernels.sums(inputs, grads)
             own, other_hat = (sums.grad, sums.grad_xhat), sums.grad_shortcut_hat
             of_other = None if other_hat is None else (sums.grad, other_hat)
-            kernels.gradients(inputs, *grads, None, own, of_other, needs_x=True)
+            kernels.gradients(inputs, grads, None, Averages(own, of_other), needs_x=True)
         return launches
 
 
@@ -146,11 +146,12 @@ class Stream(Part):
             self.neuron, self.timesteps, carries=False, packs=True
         )
         with noted() as launches:
-            norm.add(x, x, affine, of_shortcut)
-            inputs = Inputs(x, None, None, None, None, self.learned())
+            stream = Inputs(x, x, affine, of_shortcut)
+            norm.add(stream)
+            inputs = Inputs(x, learned=self.learned())
             kernels.spikes(inputs, None)
-            kernels.current_gradient(inputs, x, None)
-            sums = norm.add_sums(x, x, affine, of_shortcut, x)
+            kernels.current_gradient(inputs, OutputGradients(x, None))
+            sums = norm.add_sums(stream, x)
             norm.norm_gradient(x, x, affine, (sums.grad, sums.grad_xhat))
         return launches
 
@@ -177,10 +178,10 @@ class Attention(Part):
         assert kernels.serve()
         q, v = (x.flatten(1, 3).to(torch.uint8) for x in (q, v))
         start = torch.empty_like(v[0], dtype=self.wide) if self.carries else None
-        inputs = Inputs((q, q, v), None, None, None, start, self.learned())  # type: ignore[arg-type]  # attention takes a tuple
+        inputs = Inputs((q, q, v), start=start, learned=self.learned())
         with noted() as launches:
             spikes, _, _ = kernels.spikes(inputs, None)
-            kernels.current_gradient(inputs, spikes, start)
+            kernels.current_gradient(inputs, OutputGradients(spikes, start))
         return launches
 
 

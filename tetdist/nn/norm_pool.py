@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from tetdist.nn.batch_norm import BatchNorm
 from tetdist.nn.fast import dispatch
-from tetdist.nn.fast.fused import Affine, NormKernels, NormParameters, Norms
+from tetdist.nn.fast.fused import Affine, NormKernels, Norms
 from tetdist.nn.fast.pooling import Pooled, Pooling
 from tetdist.nn.norm_neuron import FusedLayer, image_of, rows_of
 from tetdist.nn.packed import MaxPool
@@ -57,8 +57,9 @@ class _FusedNormPool(torch.autograd.Function):
         kernels: NormKernels,
         pooling: Pooling,
     ) -> Tensor:
+        del weight, bias  # The norm has them.
         x = rows_of(current)
-        affine, _ = norms.normalizations(kernels, x, None, NormParameters(weight, bias))
+        affine = kernels.normalization(norms.of_x, x)
         pooled, where = pooling.forward_normalized(current.flatten(0, 1), affine, pool)
         ctx.save_for_backward(x, where, *affine)
         ctx.shape, ctx.norms, ctx.pool = current.shape, norms, pool
@@ -73,10 +74,10 @@ class _FusedNormPool(torch.autograd.Function):
         affine, kernels, shape, norms = Affine(*saved), ctx.kernels, ctx.shape, ctx.norms
         pooled = Pooled(image_of(x, shape).flatten(0, 1), affine, where, ctx.pool)
         sums, grad = ctx.pooling.sums(kernels, pooled, grad_outputs[0])
-        of_x, _ = norms.averaged(sums, training=ctx.training)
+        averages = norms.averaged(sums, training=ctx.training)
         grad_current = None
         if ctx.needs_input_grad[0]:
-            grad_current = ctx.pooling.gradient(kernels, pooled, grad, of_x)
+            grad_current = ctx.pooling.gradient(kernels, pooled, grad, averages.of_x)
             grad_current = grad_current.unflatten(0, shape[:2])
         grads = norms.gradients(sums)
         return grad_current, grads.weight, grads.bias, None, None, None, None

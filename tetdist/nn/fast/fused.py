@@ -6,7 +6,6 @@ recomputes the normalised current and the membranes in registers, so nothing of 
 membranes is ever stored. The kernels see every activation as (T, N, C), N = B*H*W, channels last.
 """
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -26,16 +25,16 @@ class Affine(NamedTuple):
     rstd: Tensor
 
 
-_NO_AFFINE = (None,) * len(Affine._fields)
+NO_AFFINE = (None,) * len(Affine._fields)
 
 
 class Inputs(NamedTuple):
-    """Inputs of a layer's neurons: the parts of their current, and the initial membranes.
+    """Inputs of a layer: the parts of its neurons' current, and their initial membranes.
 
     Attributes:
         x: The convolution's output, (T, N, C), or (1, N, C) if all timesteps share it; or queries,
             keys and values, in a tuple, if the current is attention's result.
-        shortcut: Added to the normalised x, (T, N, C).
+        shortcut: Added to the normalised x, (T, N, C); without neurons also (1, N, C).
         affine: Normalises x. None: x is the current, without a shortcut, and N * C is the number of
             neurons, divided in any way.
         of_shortcut: Normalises the shortcut; None: it is added unchanged.
@@ -45,17 +44,17 @@ class Inputs(NamedTuple):
     """
 
     x: Any
-    shortcut: Tensor | None
-    affine: Affine | None
-    of_shortcut: Affine | None
-    start: Tensor | None
+    shortcut: Tensor | None = None
+    affine: Affine | None = None
+    of_shortcut: Affine | None = None
+    start: Tensor | None = None
     learned: tuple[Tensor, ...] = ()
 
     def save(self, ctx: Any) -> None:
         """Keep the tensors for the backward pass, in which `saved` returns them."""
         parts = self.x if isinstance(self.x, tuple) else (self.x,)
         ctx.num_parts = len(parts)
-        affines = (*(self.affine or _NO_AFFINE), *(self.of_shortcut or _NO_AFFINE))
+        affines = (*(self.affine or NO_AFFINE), *(self.of_shortcut or NO_AFFINE))
         ctx.save_for_backward(self.shortcut, self.start, *affines, *parts, *self.learned)
 
     @classmethod
@@ -72,6 +71,19 @@ class Inputs(NamedTuple):
             start,
             learned,
         )
+
+
+def split_learned(gradients: Tensor, learned: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Divide the gradients of all learnt values, flat, into the values' shapes."""
+    parts = gradients.split([value.numel() for value in learned])
+    return tuple(part.view_as(value) for part, value in zip(parts, learned, strict=True))
+
+
+class OutputGradients(NamedTuple):
+    """Gradients of the spikes, (T, N, C), and of the next segment's start, if there is one."""
+
+    spikes: Tensor
+    end: Tensor | None
 
 
 class Sums(NamedTuple):
@@ -93,6 +105,17 @@ class Sums(NamedTuple):
     copy: Tensor | None = None
 
 
+class Averages(NamedTuple):
+    """Sums of the gradient and of its products with the normalised x or shortcut, each (C,).
+
+    They are averaged over the processes that normalise together. None: the statistics were
+    constants, or there is no norm.
+    """
+
+    of_x: tuple[Tensor, Tensor] | None = None
+    of_shortcut: tuple[Tensor, Tensor] | None = None
+
+
 class NormParameters(NamedTuple):
     """Weight and bias of `Norms`, or their gradients, in the order in which autograd has them."""
 
@@ -110,37 +133,25 @@ class Norms(NamedTuple):
 
     def parameters(self) -> NormParameters:
         """Return weight and bias of both norms."""
-        if self.of_shortcut is None:
-            return NormParameters(self.of_x.weight, self.of_x.bias)
-        other = self.of_shortcut
-        return NormParameters(self.of_x.weight, self.of_x.bias, other.weight, other.bias)
+        own, other = self
+        if other is None:
+            return NormParameters(own.weight, own.bias)
+        return NormParameters(own.weight, own.bias, other.weight, other.bias)
 
-    def normalizations(
-        self, kernels: "NormKernels", x: Tensor, shortcut: Tensor | None, parameters: NormParameters
-    ) -> tuple[Affine, Affine | None]:
-        """Make the normalisations of x and the shortcut from autograd's `parameters`."""
-        weight, bias, shortcut_weight, shortcut_bias = parameters
-        affine = kernels.normalization(self.of_x, x, weight, bias)
-        if self.of_shortcut is None:
-            return affine, None
+    def normalized(self, kernels: "NormKernels", x: Tensor, shortcut: Tensor | None) -> Inputs:
+        """Return x and the shortcut, (T, N, C), with their normalisations."""
+        own, other = self
+        if other is None:
+            return Inputs(x, shortcut, kernels.normalization(own, x))
         assert shortcut is not None
-        assert shortcut_weight is not None
-        assert shortcut_bias is not None
-        assert self.of_shortcut.training == self.of_x.training
-        of_shortcut = kernels.normalization(
-            self.of_shortcut, shortcut, shortcut_weight, shortcut_bias
-        )
-        return affine, of_shortcut
+        assert other.training == own.training
+        affine = kernels.normalization(own, x)
+        return Inputs(x, shortcut, affine, kernels.normalization(other, shortcut))
 
-    def averaged(
-        self, sums: Sums, *, training: bool
-    ) -> tuple[tuple[Tensor, Tensor] | None, tuple[Tensor, Tensor] | None]:
-        """Average the sums of x and of the shortcut over the processes that normalise together.
-
-        The first is None if x, the second if the shortcut is not normalised by batch statistics.
-        """
+    def averaged(self, sums: Sums, *, training: bool) -> Averages:
+        """Average the sums over the processes that normalise together."""
         if not training:
-            return None, None
+            return Averages()
         grad, products = sums.grad, [sums.grad_xhat]
         if sums.grad_shortcut_hat is not None:
             products.append(sums.grad_shortcut_hat)
@@ -148,7 +159,7 @@ class Norms(NamedTuple):
             copy = torch.stack([grad, *products]) if sums.copy is None else sums.copy
             grad, *products = self.of_x.average(copy)
         of_shortcut = (grad, products[1]) if len(products) == 2 else None
-        return (grad, products[0]), of_shortcut
+        return Averages((grad, products[0]), of_shortcut)
 
     def gradients(self, sums: Sums) -> NormParameters:
         """Return the gradients of `parameters`, each (C,)."""
@@ -174,28 +185,13 @@ class NormKernels(Protocol):
 
     timesteps: int
 
-    def normalization(self, norm: BatchNorm, x: Tensor, weight: Tensor, bias: Tensor) -> Affine:
-        """Make the normalisation of x; in training, from its batch statistics, which are recorded.
+    def normalization(self, norm: BatchNorm, x: Tensor) -> Affine:
+        """Make the normalisation of x, in training from its statistics, which it records."""
 
-        ``weight`` and ``bias`` are the norm's, as autograd passes them.
-        """
+    def add(self, inputs: Inputs) -> Tensor:
+        """Add the normalised x and the shortcut, (T, N, C)."""
 
-    def add(
-        self, x: Tensor, shortcut: Tensor | None, affine: Affine, of_shortcut: Affine | None
-    ) -> Tensor:
-        """Add the normalised x and the shortcut, normalised if ``of_shortcut`` is given, (T, N, C).
-
-        The shortcut may be (1, N, C) for all timesteps.
-        """
-
-    def add_sums(
-        self,
-        x: Tensor,
-        shortcut: Tensor | None,
-        affine: Affine,
-        of_shortcut: Affine | None,
-        grad: Tensor,
-    ) -> Sums:
+    def add_sums(self, inputs: Inputs, grad: Tensor) -> Sums:
         """Return batch norm's backward sums for the gradient of the result of `add`.
 
         The shortcut is needed if it was normalised.
@@ -206,9 +202,7 @@ class NormKernels(Protocol):
     ) -> Tensor:
         """Return the gradient of x from that of the normalised x, both (T, N, C).
 
-        Args:
-            sums: Sums of the gradient and of its products with the normalised x, averaged over the
-                processes that normalise together; None: the statistics were constants.
+        ``sums`` are one part of `Averages`.
         """
 
 
@@ -224,50 +218,36 @@ class NeuronKernels(NormKernels, Protocol):
         segment, or None."""
 
     def current_gradient(
-        self, inputs: Inputs, grad_spikes: Tensor, grad_end: Tensor | None
+        self, inputs: Inputs, grads: OutputGradients
     ) -> tuple[Tensor, Tensor | None, tuple[Tensor, ...]]:
         """Return the gradients of x, which is not normalised, of the start, if any, and of the
         learnt values."""
 
-    def sums(
-        self, inputs: Inputs, grad_spikes: Tensor, grad_end: Tensor | None
-    ) -> tuple[Sums, Any]:
+    def sums(self, inputs: Inputs, grads: OutputGradients) -> tuple[Sums, Any]:
         """Return batch norm's backward sums, and the argument ``kept`` of `gradients`."""
 
     def gradients(
         self,
         inputs: Inputs,
-        grad_spikes: Tensor,
-        grad_end: Tensor | None,
+        grads: OutputGradients,
         kept: Any,
-        of_x: tuple[Tensor, Tensor] | None,
-        of_shortcut: tuple[Tensor, Tensor] | None,
+        averages: Averages,
         *,
         needs_x: bool,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Return the gradients of x (None if not needed), shortcut and start.
-
-        Args:
-            inputs: Inputs of `sums`.
-            grad_spikes: Gradient of the spikes, (T, N, C).
-            kept: Result of `sums`.
-            of_x: Sums of the gradient and of its products with the normalised x, averaged over the
-                processes that normalise together; None: the statistics were constants.
-            of_shortcut: The same for the shortcut, if it is normalised.
-        """
+        """Return the gradients of x (None if not needed), shortcut and start."""
 
 
 def _check_sizes(
-    shape: tuple[int, ...], *tensors: Tensor | None, norms: Sequence[Tensor | None] = ()
+    shape: tuple[int, ...], *tensors: Tensor | None, norms: Norms | tuple[()] = ()
 ) -> None:
-    """Check the sizes of tensors (T, N, C), and of norms (C,), since kernels take pointers only."""
-    for one in tensors:
-        if one is not None and one.shape != shape:
-            raise ValueError(f"a tensor for a kernel is {tuple(one.shape)} instead of {shape}")
-    channels = shape[-1:]
-    for one in norms:
-        if one is not None and one.shape != channels:
-            raise ValueError(f"a norm has {tuple(one.shape)} values instead of {channels}")
+    """Check the sizes of tensors (T, N, C), and of norms, since kernels take pointers only."""
+    for tensor in tensors:
+        if tensor is not None and tensor.shape != shape:
+            raise ValueError(f"a tensor for a kernel is {tuple(tensor.shape)} instead of {shape}")
+    for norm in norms:
+        if norm is not None and norm.num_channels != shape[-1]:
+            raise ValueError(f"a norm has {norm.num_channels} channels instead of {shape[-1]}")
 
 
 class FusedNeuron(torch.autograd.Function):
@@ -290,7 +270,7 @@ class FusedNeuron(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         attends = keys is not None
         _check_sizes((kernels.dynamics.carried, *kept[-1].shape[1:]), start)
-        inputs = Inputs(kept if attends else kept[0], None, None, None, start, learned)
+        inputs = Inputs(kept if attends else kept[0], start=start, learned=learned)
         inputs.save(ctx)
         ctx.kernels, ctx.attends = kernels, attends
         ctx.set_materialize_grads(False)
@@ -305,20 +285,21 @@ class FusedNeuron(torch.autograd.Function):
         inputs = Inputs.saved(ctx)
         x = inputs.x[0] if ctx.attends else inputs.x
         grads = _gradients_of_outputs(x, ctx.kernels.timesteps, grad_outputs)
-        grad_x, grad_start, grad_learned = ctx.kernels.current_gradient(inputs, *grads)
+        grad_x, grad_start, grad_learned = ctx.kernels.current_gradient(inputs, grads)
         grads_x = grad_x if ctx.attends else (grad_x, None, None)
         return *grads_x, grad_start, None, None, *grad_learned
 
 
 def _gradients_of_outputs(
     x: Tensor, timesteps: int, grad_outputs: tuple[Tensor | None, ...]
-) -> tuple[Tensor, Tensor | None]:
-    """Return the gradients of the spikes (0 if there are none) and of the next start."""
+) -> OutputGradients:
+    """Name autograd's gradients; those of the spikes are 0 if there are none."""
     grad_spikes, _, grad_end = grad_outputs
     if grad_spikes is None:
         assert grad_end is not None
         grad_spikes = x.new_zeros(()).expand(timesteps, *grad_end.shape[1:])
-    return grad_spikes.contiguous(), None if grad_end is None else grad_end.contiguous()
+    grad_end = None if grad_end is None else grad_end.contiguous()
+    return OutputGradients(grad_spikes.contiguous(), grad_end)
 
 
 class FusedNormNeuron(torch.autograd.Function):
@@ -343,12 +324,10 @@ class FusedNormNeuron(torch.autograd.Function):
         kernels: NeuronKernels,
         *learned: Tensor,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        sizes = x.shape[1:]
-        parameters = NormParameters(weight, bias, shortcut_weight, shortcut_bias)
-        _check_sizes((kernels.timesteps, *sizes), shortcut, identity, norms=parameters)
-        _check_sizes((kernels.dynamics.carried, *sizes), start)
-        affine, of_shortcut = norms.normalizations(kernels, x, shortcut, parameters)
-        inputs = Inputs(x, shortcut, affine, of_shortcut, start, learned)
+        del weight, bias, shortcut_weight, shortcut_bias  # The norms have them.
+        _check_sizes((kernels.timesteps, *x.shape[1:]), shortcut, identity, norms=norms)
+        _check_sizes((kernels.dynamics.carried, *x.shape[1:]), start)
+        inputs = norms.normalized(kernels, x, shortcut)._replace(start=start, learned=learned)
         inputs.save(ctx)
         ctx.norms, ctx.kernels, ctx.training = norms, kernels, norms.of_x.training
         ctx.has_identity = identity is not None
@@ -363,10 +342,10 @@ class FusedNormNeuron(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
         inputs, norms = Inputs.saved(ctx), ctx.norms
         grads = _gradients_of_outputs(inputs.x, ctx.kernels.timesteps, grad_outputs)
-        sums, kept = ctx.kernels.sums(inputs, *grads)
+        sums, kept = ctx.kernels.sums(inputs, grads)
         averages = norms.averaged(sums, training=ctx.training)
         grad_x, grad_shortcut, grad_start = ctx.kernels.gradients(
-            inputs, *grads, kept, *averages, needs_x=ctx.needs_input_grad[0]
+            inputs, grads, kept, averages, needs_x=ctx.needs_input_grad[0]
         )
         if grad_shortcut is not None and inputs.shortcut is not None:
             grad_shortcut = grad_shortcut.to(inputs.shortcut.dtype)
@@ -397,34 +376,33 @@ class FusedNormAdd(torch.autograd.Function):
         norms: Norms,
         kernels: NormKernels,
     ) -> Tensor:
-        parameters = NormParameters(weight, bias, shortcut_weight, shortcut_bias)
+        del weight, bias, shortcut_weight, shortcut_bias  # The norms have them.
         timesteps = 1 if shortcut is not None and len(shortcut) == 1 else len(x)
-        _check_sizes((timesteps, *x.shape[1:]), shortcut, norms=parameters)
-        affine, of_shortcut = norms.normalizations(kernels, x, shortcut, parameters)
-        kept = None if of_shortcut is None else shortcut
-        Inputs(x, kept, affine, of_shortcut, None).save(ctx)
+        _check_sizes((timesteps, *x.shape[1:]), shortcut, norms=norms)
+        inputs = norms.normalized(kernels, x, shortcut)
+        kept = None if norms.of_shortcut is None else shortcut
+        inputs._replace(shortcut=kept).save(ctx)
         ctx.norms, ctx.kernels, ctx.training = norms, kernels, norms.of_x.training
         ctx.shared = shortcut is not None and shortcut.shape[0] < x.shape[0]
-        return kernels.add(x, shortcut, affine, of_shortcut)
+        return kernels.add(inputs)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        x, shortcut, affine, affine_of_shortcut, _, _ = Inputs.saved(ctx)
-        norms: Norms = ctx.norms
+        inputs, norms = Inputs.saved(ctx), ctx.norms
         kernels: NormKernels = ctx.kernels
-        assert affine is not None
+        assert inputs.affine is not None
         grad = grad_outputs[0].contiguous()
-        sums = kernels.add_sums(x, shortcut, affine, affine_of_shortcut, grad)
-        of_x, of_shortcut = norms.averaged(sums, training=ctx.training)
+        sums = kernels.add_sums(inputs, grad)
+        averages = norms.averaged(sums, training=ctx.training)
         grad_x = grad_shortcut = None
         if ctx.needs_input_grad[0]:
-            grad_x = kernels.norm_gradient(x, grad, affine, of_x)
+            grad_x = kernels.norm_gradient(inputs.x, grad, inputs.affine, averages.of_x)
         if ctx.needs_input_grad[1]:
             grad_shortcut = grad.sum(0, keepdim=True) if ctx.shared else grad
-            if affine_of_shortcut is not None:
-                assert shortcut is not None
+            if inputs.of_shortcut is not None:
+                assert inputs.shortcut is not None
                 grad_shortcut = kernels.norm_gradient(
-                    shortcut, grad_shortcut, affine_of_shortcut, of_shortcut
+                    inputs.shortcut, grad_shortcut, inputs.of_shortcut, averages.of_shortcut
                 )
         return grad_x, grad_shortcut, *norms.gradients(sums), None, None

@@ -14,7 +14,15 @@ from torch import Tensor
 from tetdist.nn.batch_norm import BatchNorm
 from tetdist.nn.fast.build import load_library
 from tetdist.nn.fast.dynamics import dynamics_of
-from tetdist.nn.fast.fused import Affine, Inputs, Sums
+from tetdist.nn.fast.fused import (
+    NO_AFFINE,
+    Affine,
+    Averages,
+    Inputs,
+    OutputGradients,
+    Sums,
+    split_learned,
+)
 from tetdist.nn.fast.native_library import CHANNELS, Library, as_wide, at
 from tetdist.nn.neurons import NeuronConfig
 from tetdist.nn.precision import wide_type
@@ -71,9 +79,6 @@ class _Add(ctypes.Structure):
     )
 
 
-_NONE = (None,) * 4  # instead of an `Affine`
-
-
 class NormKernels:
     """The kernels of fused.py without neurons: kernels/norm.cpp."""
 
@@ -82,15 +87,15 @@ class NormKernels:
         assert library is not None
         self.norms, self.timesteps = library, timesteps
 
-    def normalization(self, norm: BatchNorm, x: Tensor, weight: Tensor, bias: Tensor) -> Affine:
+    def normalization(self, norm: BatchNorm, x: Tensor) -> Affine:
         mean, var = norm.running_mean, norm.running_var
         if norm.training:
             mean, var = norm.over_processes(*self.statistics(x))
             # If all timesteps share x, mean and variance equal those of its T copies.
             norm.record(mean, var, self.timesteps * x.shape[1])
         rstd = torch.rsqrt(var + norm.eps)
-        gain = norm.scale * weight * rstd
-        return Affine(gain, bias - gain * mean, mean, rstd)
+        gain = norm.scale * norm.weight * rstd
+        return Affine(gain, norm.bias - gain * mean, mean, rstd)
 
     def statistics(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return mean and biased variance of each channel."""
@@ -101,37 +106,21 @@ class NormKernels:
         self.norms.function("statistics", x.dtype)(at(x), *sizes, *results, torch.get_num_threads())
         return mean, var
 
-    def add(
-        self, x: Tensor, shortcut: Tensor | None, affine: Affine, of_shortcut: Affine | None
-    ) -> Tensor:
-        out = torch.empty_like(x)
-        self._add("add", x, shortcut, affine, of_shortcut, out, *(None,) * 5)
+    def add(self, inputs: Inputs) -> Tensor:
+        out = torch.empty_like(inputs.x)
+        self._add("add", inputs, out, *(None,) * 5)
         return out
 
-    def add_sums(
-        self,
-        x: Tensor,
-        shortcut: Tensor | None,
-        affine: Affine,
-        of_shortcut: Affine | None,
-        grad: Tensor,
-    ) -> Sums:
-        sums = _empty_sums(x, of_shortcut)
+    def add_sums(self, inputs: Inputs, grad: Tensor) -> Sums:
+        x, sums = inputs.x, _empty_sums(inputs)
         partial = self.norms.partial(3, x.shape[0] * x.shape[1], x)
         results = (sums.grad, sums.grad_xhat, sums.grad_shortcut_hat, partial)
-        self._add("add_sums", x, shortcut, affine, of_shortcut, None, grad, *results)
+        self._add("add_sums", inputs, None, grad, *results)
         return sums
 
-    def _add(
-        self,
-        function: str,
-        x: Tensor,
-        shortcut: Tensor | None,
-        affine: Affine,
-        of_shortcut: Affine | None,
-        *results: Tensor | None,
-    ) -> None:
-        norms = [as_wide(t, x) for one in (affine, of_shortcut) for t in one or _NONE]
+    def _add(self, function: str, inputs: Inputs, *results: Tensor | None) -> None:
+        x, shortcut = inputs.x, inputs.shortcut
+        norms = [as_wide(t, x) for t in _affines(inputs)]
         period = 1 if shortcut is None else shortcut.shape[0] * shortcut.shape[1]
         sizes = (x.shape[0] * x.shape[1], x.shape[2], period)
         job = _Add(*map(at, (x, shortcut, *norms, *results)), *sizes)
@@ -157,9 +146,16 @@ class NormKernels:
         return grad_x
 
 
-def _empty_sums(x: Tensor, of_shortcut: Affine | None) -> Sums:
+def _affines(inputs: Inputs, numbers: int = 4) -> list[Tensor | None]:
+    """Return the first numbers of both normalisations: gain, offset, mean, 1/std."""
+    pair = (inputs.affine or NO_AFFINE, inputs.of_shortcut or NO_AFFINE)
+    return [number for affine in pair for number in affine[:numbers]]
+
+
+def _empty_sums(inputs: Inputs) -> Sums:
+    x = inputs.x
     grad, grad_xhat, of_others = torch.empty(3, x.shape[-1], dtype=wide_type(x))
-    return Sums(grad, grad_xhat, None if of_shortcut is None else of_others)
+    return Sums(grad, grad_xhat, None if inputs.of_shortcut is None else of_others)
 
 
 class _Gradients(NamedTuple):
@@ -195,9 +191,9 @@ class NeuronKernels(NormKernels):
     def spikes(
         self, inputs: Inputs, identity: Tensor | None
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        x, shortcut, affine, of_shortcut, start, learned = inputs
+        x, shortcut, _, _, start, learned = inputs
         shape = (self.timesteps, *x.shape[1:])
-        norms = [as_wide(t, x) for one in (affine, of_shortcut) for t in (one or _NONE)[:2]]
+        norms = [as_wide(t, x) for t in _affines(inputs, 2)]
         start = as_wide(start, x)
         spikes = torch.empty(shape, dtype=x.dtype)
         packed = torch.empty(shape, dtype=torch.uint8) if self.packs else None
@@ -210,19 +206,17 @@ class NeuronKernels(NormKernels):
         self.library.function("forward", x.dtype)(byref(job), torch.get_num_threads())
         return spikes, packed, end
 
-    def sums(
-        self, inputs: Inputs, grad_spikes: Tensor, grad_end: Tensor | None
-    ) -> tuple[Sums, _Gradients]:
+    def sums(self, inputs: Inputs, grads: OutputGradients) -> tuple[Sums, _Gradients]:
         # On a CPU storing the current's gradient pays: recomputing takes longer than reading.
-        x, shortcut, affine, of_shortcut, start, learned = inputs
-        timesteps, rows, channels = grad_spikes.shape
+        x, shortcut, affine, _, start, learned = inputs
+        timesteps, rows, channels = grads.spikes.shape
         shared = x.shape[0] == 1
-        norms = [as_wide(t, x) for one in (affine, of_shortcut) for t in one or _NONE]
-        start, grad_end = as_wide(start, x), as_wide(grad_end, x)
+        norms = [as_wide(t, x) for t in _affines(inputs)]
+        start, grad_end = as_wide(start, x), as_wide(grads.end, x)
         # If all timesteps share x, its gradient is the sum; only the shortcut needs each one.
-        total = torch.empty_like(grad_spikes) if shortcut is not None or not shared else None
+        total = torch.empty_like(grads.spikes) if shortcut is not None or not shared else None
         own = torch.empty_like(x) if shared else None
-        sums = _empty_sums(x, of_shortcut)
+        sums = _empty_sums(inputs)
         grad_start = None if start is None else torch.empty_like(start)
         partial = None if affine is None else self.library.partial(3, rows, x)
         flat, grad_flat, partial_learned = _flat(learned), None, None
@@ -232,63 +226,57 @@ class NeuronKernels(NormKernels):
             if affine is not None:
                 parts = self.library.num_blocks(rows, channels)
             partial_learned = torch.empty(parts, len(flat), dtype=torch.float64)
-        given = (x, shortcut, *norms, start, grad_spikes, grad_end)
-        results = (
+        tensors = (
+            *(x, shortcut, *norms, start, grads.spikes, grad_end),
             *(total, own, sums.grad, sums.grad_xhat, sums.grad_shortcut_hat),
             *(grad_start, partial, grad_flat, partial_learned),
         )
         sizes = (timesteps, rows, channels, shared)
-        job = _Backward(*map(at, (*given, *results)), *sizes, self._neuron(flat))
+        job = _Backward(*map(at, tensors), *sizes, self._neuron(flat))
         self.library.function("backward", x.dtype)(byref(job), torch.get_num_threads())
         grad_y = own if own is not None else total
         assert grad_y is not None
         if grad_flat is not None:
-            parts_of_it = grad_flat.to(wide_type(x)).split([one.numel() for one in learned])
-            grad_learned = (a.view_as(b) for a, b in zip(parts_of_it, learned, strict=True))
-            sums = sums._replace(grad_learned=tuple(grad_learned))
+            grad_learned = split_learned(grad_flat.to(wide_type(x)), learned)
+            sums = sums._replace(grad_learned=grad_learned)
         return sums, _Gradients(total, grad_y, grad_start)
 
     def current_gradient(
-        self, inputs: Inputs, grad_spikes: Tensor, grad_end: Tensor | None
+        self, inputs: Inputs, grads: OutputGradients
     ) -> tuple[Tensor, Tensor | None, tuple[Tensor, ...]]:
-        sums, gradients = self.sums(inputs, grad_spikes, grad_end)
+        sums, gradients = self.sums(inputs, grads)
         return gradients.of_normalized, gradients.start, sums.grad_learned
 
     def gradients(
         self,
         inputs: Inputs,
-        grad_spikes: Tensor,
-        grad_end: Tensor | None,
+        grads: OutputGradients,
         kept: _Gradients,
-        of_x: tuple[Tensor, Tensor] | None,
-        of_shortcut: tuple[Tensor, Tensor] | None,
+        averages: Averages,
         *,
         needs_x: bool,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        del grad_spikes, grad_end
+        del grads
         assert inputs.affine is not None
-
-        grad_shortcut = None
-        if inputs.shortcut is not None:
+        grad_shortcut = kept.total if inputs.shortcut is not None else None
+        if inputs.shortcut is not None and inputs.of_shortcut is not None:
             assert kept.total is not None
-            grad_shortcut = kept.total
-            if inputs.of_shortcut is not None:
-                grad_shortcut = self.norm_gradient(
-                    inputs.shortcut, kept.total, inputs.of_shortcut, of_shortcut
-                )
+            grad_shortcut = self.norm_gradient(
+                inputs.shortcut, kept.total, inputs.of_shortcut, averages.of_shortcut
+            )
         grad_x = None
         if needs_x:
             # Overwrite the other, unless it is also the shortcut's gradient.
             in_place = grad_shortcut is not kept.of_normalized
             grad_x = self.norm_gradient(
-                inputs.x, kept.of_normalized, inputs.affine, of_x, in_place=in_place
+                inputs.x, kept.of_normalized, inputs.affine, averages.of_x, in_place=in_place
             )
         return grad_x, grad_shortcut, kept.start
 
 
 def _flat(learned: tuple[Tensor, ...]) -> Tensor | None:
     """Return all learnt values of the neurons, flat in float64; None if there are none."""
-    return torch.cat([one.double().flatten() for one in learned]) if learned else None
+    return torch.cat([value.double().flatten() for value in learned]) if learned else None
 
 
 # --- building -----------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from tetdist.nn.fast.fused import Affine, NormKernels, Sums
+from tetdist.nn.fast.fused import Affine, Inputs, NormKernels, Sums
 from tetdist.nn.precision import wide_type
 
 
@@ -84,7 +84,7 @@ class Pooling:
         sizes = Sizes.of(x.shape, pool)
         out, where = _results(x, sizes, x.dtype)
         wide = wide_type(x)
-        gain, offset = (one.to(wide).contiguous() for one in affine[:2])
+        gain, offset = (x.to(wide).contiguous() for x in (affine.gain, affine.offset))
         self.start("forward_normalized", (rows_of_images(x), gain, offset, out, where), sizes, None)
         return out.permute(0, 3, 1, 2), where
 
@@ -102,14 +102,15 @@ class Pooling:
         """Return batch norm's backward sums from the gradient of the results of
         `forward_normalized`, and the argument ``grad`` of `gradient`."""
         grad = self.backward(grad, pooled.where, pooled.x.shape, pooled.window)
-        return kernels.add_sums(_flat(pooled.x), None, pooled.affine, None, _flat(grad)), grad
+        inputs = Inputs(_flat(pooled.x), affine=pooled.affine)
+        return kernels.add_sums(inputs, _flat(grad)), grad
 
     def gradient(
         self, kernels: NormKernels, pooled: Pooled, grad: Tensor, sums: tuple[Tensor, Tensor] | None
     ) -> Tensor:
         """Return the gradient of x; ``sums`` as for `NormKernels.norm_gradient`."""
-        found = kernels.norm_gradient(_flat(pooled.x), _flat(grad), pooled.affine, sums)
-        return found.view(rows_of_images(pooled.x).shape).permute(0, 3, 1, 2)
+        grad_x = kernels.norm_gradient(_flat(pooled.x), _flat(grad), pooled.affine, sums)
+        return grad_x.view(rows_of_images(pooled.x).shape).permute(0, 3, 1, 2)
 
 
 def _flat(x: Tensor) -> Tensor:

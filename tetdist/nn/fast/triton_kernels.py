@@ -21,7 +21,15 @@ from torch import Tensor
 from tetdist.nn import batch_norm
 from tetdist.nn.batch_norm import BatchNorm
 from tetdist.nn.fast.dynamics import dynamics_of
-from tetdist.nn.fast.fused import Affine, Inputs, Sums
+from tetdist.nn.fast.fused import (
+    NO_AFFINE,
+    Affine,
+    Averages,
+    Inputs,
+    OutputGradients,
+    Sums,
+    split_learned,
+)
 from tetdist.nn.fast.kernels import attention, neuron, packing
 from tetdist.nn.fast.kernels import pool as pooling
 from tetdist.nn.fast.pooling import Pooled, Pooling, Sizes, rows_of_images
@@ -34,7 +42,6 @@ Argument = Tensor | int | None
 OLDEST = (3, 3)
 WARPS = 4
 THREADS = 32 * WARPS
-_NONE = (None,) * 4  # instead of an `Affine`
 # Registers (of 255) for the numbers that a thread processes in the backward pass, at most;
 # addresses and sums need the others. tests/nn/test_triton_code.py checks that nothing spills.
 KEPT_REGISTERS = 128
@@ -66,7 +73,7 @@ def launch(
         arguments: Contiguous tensors, sizes, and None for absent tensors.
         known: Compile-time constants, and num_warps if it is not `WARPS`.
     """
-    tensors = [one for one in arguments if isinstance(one, Tensor)]
+    tensors = [x for x in arguments if isinstance(x, Tensor)]
     assert all(tensor.is_contiguous() for tensor in tensors)
     with _on_device_of(tensors[0]):
         # Round products and sums one by one, as in C++ and torch.
@@ -86,20 +93,14 @@ class Tiling(NamedTuple):
     Attributes:
         grid: Programs, (blocks of rows, blocks of channels).
         steps: Tiles that a program processes, one below the other.
-        sizes: Rows and channels of a tile, and the divisor of C that the compiler knows.
+        groups: Number of groups of VEC channels.
+        sizes: Rows and channels of a tile, and VEC, the divisor of C that the compiler knows.
     """
 
     grid: tuple[int, int]
     steps: int
+    groups: int
     sizes: dict[str, int]
-
-    @property
-    def blocks(self) -> int:
-        return self.grid[0]
-
-    @property
-    def rows_of_block(self) -> int:
-        return self.steps * self.sizes["BN"]
 
 
 def tiling(name: str, rows: int, channels: int, per_thread: int) -> Tiling:
@@ -111,7 +112,12 @@ def tiling(name: str, rows: int, channels: int, per_thread: int) -> Tiling:
     across = triton.cdiv(channels, columns)
     tiles = triton.cdiv(rows, tile["BN"])
     steps = triton.cdiv(tiles * across, PROGRAMS[name])
-    return Tiling((triton.cdiv(tiles, steps), across), steps, tile)
+    return Tiling((triton.cdiv(tiles, steps), across), steps, channels // tile["VEC"], tile)
+
+
+def _over_rows(name: str, x: Tensor) -> Tiling:
+    """Divide the rows of all timesteps of x, (T, N, C), among the programs of a kernel."""
+    return tiling(name, x.shape[0] * x.shape[1], x.shape[2], 2 * _per_load(x))
 
 
 def _per_load(x: Tensor) -> int:
@@ -136,27 +142,29 @@ class NormKernels:
     def __init__(self, timesteps: int) -> None:
         self.timesteps = timesteps
 
-    def normalization(self, norm: BatchNorm, x: Tensor, weight: Tensor, bias: Tensor) -> Affine:
+    def normalization(self, norm: BatchNorm, x: Tensor) -> Affine:
         channels, wide = x.shape[2], wide_type(x)
         affine = torch.empty(4, channels, dtype=wide, device=x.device)
         records = norm.training and not batch_norm.is_repetition()
         known = {"SCALE": norm.scale, "EPS": norm.eps, "RECORDS": records}
-        made_of: list[Argument] = [weight, bias, affine, None, None, 1]
+        made_of: list[Argument] = [norm.weight, norm.bias, affine]
         if records:
             # If all timesteps share x, mean and variance equal those of its T copies.
             values = self.timesteps * x.shape[1] * norm.num_processes
-            made_of = [weight, bias, affine, norm.pending_mean, norm.pending_var, values]
+            made_of += [norm.pending_mean, norm.pending_var, values]
+        else:
+            made_of += [None, None, 1]
         if norm.training and norm.average is None:
             self._statistics(x, None, made_of, known)
         else:
-            given: list[Argument] = [None, norm.running_mean, norm.running_var]
+            statistics: list[Argument] = [None, norm.running_mean, norm.running_var]
             if norm.training:
                 assert norm.average is not None
                 moments = torch.empty(2, channels, dtype=torch.float64, device=x.device)
                 self._statistics(x, moments, made_of, known)
-                given = [norm.average(moments), None, None]
+                statistics = [norm.average(moments), None, None]
             programs, sizes = _adding(channels)
-            arguments = [*given, *made_of, channels // sizes["VEC"]]
+            arguments = [*statistics, *made_of, channels // sizes["VEC"]]
             sizes = {name: sizes[name] for name in ("VEC", "BC")}
             launch(neuron.normalization, (programs,), arguments, known | sizes)
         if records:
@@ -167,59 +175,54 @@ class NormKernels:
         self, x: Tensor, moments: Tensor | None, made_of: list[Argument], known: dict[str, Any]
     ) -> None:
         rows, channels = x.shape[0] * x.shape[1], x.shape[2]
-        divided = tiling("statistics", rows, channels, 4 * _per_load(x))
-        shape = (divided.blocks, 3, channels)
-        partial = torch.empty(shape, dtype=wide_type(x), device=x.device)
-        groups = channels // divided.sizes["VEC"]
-        arguments: list[Argument] = [x, partial, rows, groups, divided.steps]
-        launch(neuron.statistics, divided.grid, arguments, divided.sizes)
+        grid, steps, groups, tile = tiling("statistics", rows, channels, 4 * _per_load(x))
+        partial = _partial(x, grid[0], 3)
+        launch(neuron.statistics, grid, [x, partial, rows, groups, steps], tile)
         programs, sizes = _adding(channels)
-        arguments = [partial, moments, *made_of]
-        arguments += [rows, divided.rows_of_block, divided.blocks, groups]
+        arguments: list[Argument] = [partial, moments, *made_of]
+        arguments += [rows, steps * tile["BN"], grid[0], groups]
         launch(neuron.finish_statistics, (1, programs), arguments, known | sizes)
 
-    def add(
-        self, x: Tensor, shortcut: Tensor | None, affine: Affine, of_shortcut: Affine | None
-    ) -> Tensor:
-        out = torch.empty_like(x)
-        rows, channels = x.shape[0] * x.shape[1], x.shape[2]
-        divided = tiling("add", rows, channels, 2 * _per_load(x))
-        arguments: list[Argument] = [x, shortcut, *affine[:2], *(of_shortcut or _NONE)[:2], out]
-        arguments += [rows, x.shape[1], channels // divided.sizes["VEC"], divided.steps]
-        launch(neuron.add, divided.grid, arguments, divided.sizes | _shared(x, shortcut))
+    def add(self, inputs: Inputs) -> Tensor:
+        out = torch.empty_like(inputs.x)
+        affine, of_shortcut = inputs.affine or NO_AFFINE, inputs.of_shortcut or NO_AFFINE
+        tensors = [*affine[:2], *of_shortcut[:2], out]
+        self._add(neuron.add, inputs, tensors, _over_rows("add", inputs.x))
         return out
 
-    def add_sums(
-        self,
-        x: Tensor,
-        shortcut: Tensor | None,
-        affine: Affine,
-        of_shortcut: Affine | None,
-        grad: Tensor,
-    ) -> Sums:
-        rows, channels = x.shape[0] * x.shape[1], x.shape[2]
-        divided = tiling("add_sums", rows, channels, 2 * _per_load(x))
-        groups = channels // divided.sizes["VEC"]
-        number = 2 if of_shortcut is None else 3
-        shape = (divided.blocks, number, channels)
-        partial = torch.empty(shape, dtype=wide_type(x), device=x.device)
+    def add_sums(self, inputs: Inputs, grad: Tensor) -> Sums:
+        x, affine, of_shortcut = inputs.x, inputs.affine, inputs.of_shortcut
+        assert affine is not None
+        divided = _over_rows("add_sums", x)
+        partial = _partial(x, divided.grid[0], 2 if of_shortcut is None else 3)
         mean_of_shortcut = None if of_shortcut is None else of_shortcut.mean
-        arguments: list[Argument] = [x, shortcut, affine.mean, mean_of_shortcut, grad, partial]
-        arguments += [rows, x.shape[1], groups, divided.steps]
-        launch(neuron.add_sums, divided.grid, arguments, divided.sizes | _shared(x, shortcut))
+        tensors = [affine.mean, mean_of_shortcut, grad, partial]
+        self._add(neuron.add_sums, inputs, tensors, divided)
         return _finish_sums(partial, affine, of_shortcut)
+
+    def _add(
+        self, kernel: Any, inputs: Inputs, tensors: list[Tensor | None], divided: Tiling
+    ) -> None:
+        x, shortcut = inputs.x, inputs.shortcut
+        grid, steps, groups, tile = divided
+        known = {"SHARED": shortcut is not None and shortcut.shape[0] < x.shape[0]}
+        rows, period = x.shape[0] * x.shape[1], x.shape[1]
+        launch(kernel, grid, [x, shortcut, *tensors, rows, period, groups, steps], tile | known)
 
     def norm_gradient(
         self, x: Tensor, grad: Tensor, affine: Affine, sums: tuple[Tensor, Tensor] | None
     ) -> Tensor:
-        grad_x = torch.empty_like(x)
-        rows, channels = x.shape[0] * x.shape[1], x.shape[2]
-        divided = tiling("norm_gradient", rows, channels, 2 * _per_load(x))
+        grad_x, rows = torch.empty_like(x), x.shape[0] * x.shape[1]
+        grid, steps, groups, tile = _over_rows("norm_gradient", x)
         gain, _, mean, rstd = affine
         arguments: list[Argument] = [x, grad, gain, mean, rstd, *(sums or [None] * 2), grad_x]
-        arguments += [rows, channels // divided.sizes["VEC"], divided.steps]
-        launch(neuron.norm_gradient, divided.grid, arguments, divided.sizes)
+        launch(neuron.norm_gradient, grid, [*arguments, rows, groups, steps], tile)
         return grad_x
+
+
+def _partial(x: Tensor, blocks: int, number: int) -> Tensor:
+    """Allocate the programs' sums of rows, (blocks, number, C)."""
+    return torch.empty(blocks, number, x.shape[-1], dtype=wide_type(x), device=x.device)
 
 
 def _finish_sums(partial: Tensor, affine: Affine, of_shortcut: Affine | None) -> Sums:
@@ -240,18 +243,13 @@ def _added(partial: Tensor, *rstds: Tensor | None) -> Tensor:
     return sums
 
 
-def _shared(x: Tensor, shortcut: Tensor | None) -> dict[str, bool]:
-    return {"SHARED": shortcut is not None and shortcut.shape[0] < x.shape[0]}
-
-
 class NeuronKernels(NormKernels):
     """The kernels of fused.py for one variant."""
 
     def __init__(self, config: NeuronConfig, timesteps: int, *, carries: bool, packs: bool) -> None:
         super().__init__(timesteps)
         of = dynamics_of(config)
-        self.carries, self.packs = carries, packs
-        self.dynamics = of
+        self.carries, self.packs, self.dynamics = carries, packs, of
         self.forward: dict[str, Any] = {
             "T": timesteps,
             "HARD": of.resets_to_zero,
@@ -273,23 +271,17 @@ class NeuronKernels(NormKernels):
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         x, shortcut, affine, of_shortcut, start, learned = inputs
         rows, channels = x.shape[1:]
-        shape = (self.timesteps, rows, channels)
-
-        def empty(*shape: int, dtype: torch.dtype) -> Tensor:
-            return torch.empty(shape, dtype=dtype, device=x.device)
-
-        spikes = empty(*shape, dtype=x.dtype)
-        packed = empty(*shape, dtype=torch.uint8) if self.packs else None
+        spikes = x.new_empty(self.timesteps, rows, channels)
+        packed = torch.empty_like(spikes, dtype=torch.uint8) if self.packs else None
         end = None
         if self.carries:
-            end = empty(self.dynamics.carried, rows, channels, dtype=wide_type(x))
-        divided = tiling("fire", rows, channels, self._per_thread(inputs, backward=False))
-        arguments: list[Argument] = [x, shortcut, identity, *(affine or _NONE)[:2]]
-        arguments += (of_shortcut or _NONE)[:2]
-        arguments += [start, *_learned(learned), spikes, packed, end]
-        arguments += [rows, channels // divided.sizes["VEC"], divided.steps]
-        known = self.forward | divided.sizes | self._shapes(x)
-        launch(neuron.fire, divided.grid, arguments, known)
+            end = x.new_empty(self.dynamics.carried, rows, channels, dtype=wide_type(x))
+        per_thread = self._per_thread(inputs, backward=False)
+        grid, steps, groups, tile = tiling("fire", rows, channels, per_thread)
+        arguments: list[Argument] = [x, shortcut, identity, *(affine or NO_AFFINE)[:2]]
+        arguments += (of_shortcut or NO_AFFINE)[:2]
+        arguments += [start, *_learned(learned), spikes, packed, end, rows, groups, steps]
+        launch(neuron.fire, grid, arguments, self.forward | tile | self._shapes(x))
         return spikes, packed, end
 
     def _addressed(self, x: Tensor) -> int:
@@ -331,54 +323,49 @@ class NeuronKernels(NormKernels):
         numbers = self.dynamics.past + self.timesteps + 1
         return triton.cdiv(self.timesteps, triton.cdiv(self.timesteps * numbers, KEPT_SUMS))
 
-    def sums(
-        self, inputs: Inputs, grad_spikes: Tensor, grad_end: Tensor | None
-    ) -> tuple[Sums, None]:
+    def sums(self, inputs: Inputs, grads: OutputGradients) -> tuple[Sums, None]:
         assert inputs.affine is not None
-        partial, grad_learned = self._partial_sums(inputs, grad_spikes, grad_end)
+        partial, grad_learned = self._partial_sums(inputs, grads)
         assert partial is not None
         sums = _finish_sums(partial, inputs.affine, inputs.of_shortcut)
         return sums._replace(grad_learned=grad_learned), None
 
     def _partial_sums(
-        self, inputs: Inputs, grad_spikes: Tensor, grad_end: Tensor | None
+        self, inputs: Inputs, grads: OutputGradients
     ) -> tuple[Tensor | None, tuple[Tensor, ...]]:
         """Return the programs' sums for batch norm, if there is one, and the learnt values'
         gradients."""
         x, shortcut, affine, of_shortcut, start, learned = inputs
         rows, channels = x.shape[1:]
         per_thread = self._per_thread(inputs)
-        divided = tiling("backward_sums", rows, channels, per_thread)
-        groups = channels // divided.sizes["VEC"]
-        known = self.backward | divided.sizes | self._shapes(x) | {"ROWS": self._rows}
+        grid, steps, groups, tile = tiling("backward_sums", rows, channels, per_thread)
+        known = self.backward | tile | self._shapes(x) | {"ROWS": self._rows}
         known["LOCAL"] = min(per_thread, known["BC"])
         parts = triton.cdiv(self.timesteps, self._rows) if self.dynamics.parallel else 1
         partial = None
         if affine is not None:
-            shape = (parts * divided.blocks, 2 if of_shortcut is None else 3, channels)
-            partial = torch.empty(shape, dtype=wide_type(x), device=x.device)
-        arguments: list[Argument] = [x, shortcut, *(affine or _NONE)[:3]]
-        arguments += (of_shortcut or _NONE)[:3]
-        partial_learned = _partial_learned(learned, divided)
-        arguments += [start, *_learned(learned), grad_spikes, grad_end, partial, partial_learned]
-        arguments += [rows, groups, divided.steps]
-        launch(neuron.backward_sums, (*divided.grid, parts), arguments, known)
+            partial = _partial(x, parts * grid[0], 2 if of_shortcut is None else 3)
+        partial_learned = _partial_learned(learned, grid)
+        arguments: list[Argument] = [x, shortcut, *(affine or NO_AFFINE)[:3]]
+        arguments += (of_shortcut or NO_AFFINE)[:3]
+        arguments += [start, *_learned(learned), *grads, partial, partial_learned]
+        launch(neuron.backward_sums, (*grid, parts), [*arguments, rows, groups, steps], known)
         return partial, _grad_learned(learned, partial_learned)
 
     def current_gradient(
-        self, inputs: Inputs, grad_spikes: Tensor, grad_end: Tensor | None
+        self, inputs: Inputs, grads: OutputGradients
     ) -> tuple[Tensor, Tensor | None, tuple[Tensor, ...]]:
         rows, channels = inputs.x.shape[1:]
         partial = None
         if not self.dynamics.parallel:
             divided = tiling("backward", rows, channels, self._per_thread(inputs))
-            partial = _partial_learned(inputs.learned, divided)
+            partial = _partial_learned(inputs.learned, divided.grid)
         grad_x, _, grad_start = self.gradients(
-            inputs, grad_spikes, grad_end, None, None, None, partial, needs_x=True
+            inputs, grads, None, Averages(), partial, needs_x=True
         )
         assert grad_x is not None
         if self.dynamics.parallel:
-            _, grad_learned = self._partial_sums(inputs, grad_spikes, grad_end)
+            _, grad_learned = self._partial_sums(inputs, grads)
         else:
             grad_learned = _grad_learned(inputs.learned, partial)
         return grad_x, grad_start, grad_learned
@@ -386,33 +373,28 @@ class NeuronKernels(NormKernels):
     def gradients(
         self,
         inputs: Inputs,
-        grad_spikes: Tensor,
-        grad_end: Tensor | None,
+        grads: OutputGradients,
         kept: None,
-        of_x: tuple[Tensor, Tensor] | None,
-        of_shortcut: tuple[Tensor, Tensor] | None,
+        averages: Averages,
         partial_share: Tensor | None = None,
         *,
         needs_x: bool,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """See `fused.NeuronKernels`; also fill the sums for a learnt share, if given."""
         del kept
-        x, shortcut, affine, affine_of_shortcut, start, learned = inputs
+        x, shortcut, affine, of_shortcut, start, learned = inputs
         rows, channels = x.shape[1:]
         grad_x = torch.empty_like(x) if needs_x else None
         grad_shortcut = None if shortcut is None else torch.empty_like(shortcut)
         grad_start = None if start is None else torch.empty_like(start)
         if grad_x is None and grad_shortcut is None and grad_start is None:
             return None, None, None
-        divided = tiling("backward", rows, channels, self._per_thread(inputs))
-        arguments: list[Argument] = [x, shortcut]
-        arguments += [*(affine or _NONE), *(affine_of_shortcut or _NONE)]
-        arguments += [start, *_learned(learned), grad_spikes, grad_end]
-        arguments += [*(of_x or [None] * 2), *(of_shortcut or [None] * 2)]
-        arguments += [grad_x, grad_shortcut, grad_start, partial_share]
-        arguments += [rows, channels // divided.sizes["VEC"], divided.steps]
-        known = self.backward | divided.sizes | self._shapes(x)
-        launch(neuron.backward, divided.grid, arguments, known)
+        grid, steps, groups, tile = tiling("backward", rows, channels, self._per_thread(inputs))
+        arguments: list[Argument] = [x, shortcut, *(affine or NO_AFFINE)]
+        arguments += [*(of_shortcut or NO_AFFINE), start, *_learned(learned), *grads]
+        arguments += [number for pair in averages for number in pair or (None, None)]
+        arguments += [grad_x, grad_shortcut, grad_start, partial_share, rows, groups, steps]
+        launch(neuron.backward, grid, arguments, self.backward | tile | self._shapes(x))
         return grad_x, grad_shortcut, grad_start
 
 
@@ -421,17 +403,14 @@ def _learned(learned: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
     return (None, *learned) if len(learned) == 2 else (*(learned or (None,)), None, None)
 
 
-def _partial_learned(learned: tuple[Tensor, ...], divided: Tiling) -> Tensor | None:
+def _partial_learned(learned: tuple[Tensor, ...], grid: tuple[int, int]) -> Tensor | None:
     """Allocate each program's sums of the learnt values' gradients, if there are such values."""
-    numbers = sum(one.numel() for one in learned)
-    return learned[0].new_empty(math.prod(divided.grid), 1, numbers) if learned else None
+    numbers = sum(value.numel() for value in learned)
+    return learned[0].new_empty(math.prod(grid), 1, numbers) if learned else None
 
 
 def _grad_learned(learned: tuple[Tensor, ...], partial: Tensor | None) -> tuple[Tensor, ...]:
-    if partial is None:
-        return ()
-    parts = _added(partial)[0, 0].split([one.numel() for one in learned])
-    return tuple(part.view_as(one) for part, one in zip(parts, learned, strict=True))
+    return () if partial is None else split_learned(_added(partial)[0, 0], learned)
 
 
 # --- attention ----------------------------------------------------------------------------------
@@ -451,7 +430,7 @@ class AttentionKernels(NeuronKernels):
         self.positions = q.shape[3:].numel()
         self.sizes: list[Argument] = [heads, self.positions]
         self.known = {"DK": q.shape[2] // heads, "DV": v.shape[2] // heads, "LEVELS": levels}
-        self.widths = [max(16, triton.next_power_of_2(self.known[one])) for one in ("DK", "DV")]
+        self.widths = [max(16, triton.next_power_of_2(self.known[key])) for key in ("DK", "DV")]
         self.factor = scale / levels**2
         # The sums k^T v, in integers, are at most this.
         self.highest = self.positions * (config.highest * levels) ** 2
@@ -472,7 +451,7 @@ class AttentionKernels(NeuronKernels):
         blocks = triton.cdiv(positions, rows) * triton.cdiv(self.known["DV"], columns)
         known = self.known | {"D": self.widths[0], "BJ": columns, "BN": rows, "BM": summed}
         known |= {"FACTOR": self.factor / known["LEVELS"], "SPLITS": splits, "num_warps": warps}
-        return Tiling((self.programs, blocks), 1, known)
+        return Tiling((self.programs, blocks), 1, 1, known)
 
     def spikes(
         self, inputs: Inputs, identity: Tensor | None
@@ -482,35 +461,33 @@ class AttentionKernels(NeuronKernels):
         spikes = torch.empty_like(v, dtype=self.dtype)
         packed = torch.empty_like(v, dtype=torch.uint8) if self.packs else None
         end = torch.empty_like(v[:1], dtype=torch.float32) if self.carries else None
-        grid, _, known = self._tiles(32, 64)
+        grid, *_, known = self._tiles(32, 64)
         arguments: list[Argument] = [*inputs.x, inputs.start, _learned(inputs.learned)[0]]
         arguments += [spikes, packed, end, *self.sizes]
         launch(attention.attend, grid, arguments, self.forward | known)
         return spikes, packed, end
 
     def current_gradient(
-        self, inputs: Inputs, grad_spikes: Tensor, grad_end: Tensor | None
+        self, inputs: Inputs, grads: OutputGradients
     ) -> tuple[Any, Tensor | None, tuple[Tensor, ...]]:
         """Return the gradients of queries, keys and values, of the start and of learnt values."""
         start, learned = inputs.start, inputs.learned
         # As many membranes as registers hold.
         kept = triton.next_power_of_2(self.timesteps) * (1 if start is None and not learned else 2)
-        divided = self._tiles(128 // kept, 32)
-        partial_share = _partial_learned(learned, divided)
-        grad_spikes = grad_spikes.to(self.dtype)
+        grid, *_, known = self._tiles(128 // kept, 32)
+        partial_share = _partial_learned(learned, grid)
+        grad_spikes = grads.spikes.to(self.dtype)
         grad = torch.empty_like(grad_spikes)
         grad_start = None if start is None else torch.empty_like(start)
-        arguments: list[Argument] = [*inputs.x, start, _learned(learned)[0], grad_spikes, grad_end]
-        arguments += [grad, grad_start, partial_share, *self.sizes]
-        known = self.backward | divided.sizes
-        launch(attention.current_gradient, divided.grid, arguments, known)
-        grads = [torch.empty_like(one, dtype=self.dtype) for one in inputs.x]
-        grid = (self.timesteps * self.programs,)
+        arguments: list[Argument] = [*inputs.x, start, _learned(learned)[0], grad_spikes]
+        arguments += [grads.end, grad, grad_start, partial_share, *self.sizes]
+        launch(attention.current_gradient, grid, arguments, self.backward | known)
+        grads_x = [torch.empty_like(x, dtype=self.dtype) for x in inputs.x]
         known = self.known | {"D": self.widths[0], "DW": self.widths[1], "FACTOR": self.factor}
         known |= {"BN": 32, "num_warps": 8}
-        arguments = [*inputs.x, grad, *grads, *self.sizes]
-        launch(attention.gradients, grid, arguments, known)
-        return grads, grad_start, _grad_learned(learned, partial_share)
+        arguments = [*inputs.x, grad, *grads_x, *self.sizes]
+        launch(attention.gradients, (self.timesteps * self.programs,), arguments, known)
+        return grads_x, grad_start, _grad_learned(learned, partial_share)
 
 
 # --- pooling ------------------------------------------------------------------------------------
@@ -533,9 +510,8 @@ class Pool(Pooling):
         known = {"VEC": math.gcd(sizes.channels, 16), "BN": 8 * THREADS // columns, "BC": columns}
         grid = (triton.cdiv(pixels, known["BN"]), triton.cdiv(sizes.channels, columns))
         arguments: list[Argument] = [*tensors, pixels, sizes.channels // known["VEC"]]
-        arguments += [sizes.height, sizes.width, sizes.out_height, sizes.out_width]
-        known |= {"KERNEL": sizes.kernel, "STRIDE": sizes.stride, "PADDING": sizes.padding}
-        known |= {} if levels is None else {"LEVELS": levels}
+        arguments += _sides(sizes)
+        known |= _window(sizes) | ({} if levels is None else {"LEVELS": levels})
         launch(getattr(pooling, name), grid, arguments, known)
 
     def sums(self, kernels: Any, pooled: Pooled, grad: Tensor) -> tuple[Sums, Tensor]:
@@ -543,14 +519,12 @@ class Pool(Pooling):
         x, affine, where, window = pooled
         sizes, grad = Sizes.of(x.shape, window), rows_of_images(grad)
         pixels = math.prod(where.shape[:3])
-        divided = tiling("add_sums", pixels, sizes.channels, 8)
-        shape = (divided.blocks, 2, sizes.channels)
-        partial = torch.empty(shape, dtype=wide_type(x), device=x.device)
-        arguments: list[Argument] = [grad, where, rows_of_images(x), affine.mean, partial, pixels]
-        arguments += [divided.steps, sizes.channels // divided.sizes["VEC"]]
-        arguments += [sizes.height, sizes.width, sizes.out_height, sizes.out_width]
-        known = {"KERNEL": sizes.kernel, "STRIDE": sizes.stride, "PADDING": sizes.padding}
-        launch(pooling.backward_sums, divided.grid, arguments, known | divided.sizes)
+        grid, steps, groups, tile = tiling("add_sums", pixels, sizes.channels, 8)
+        images = rows_of_images(x)
+        partial = _partial(images, grid[0], 2)
+        arguments: list[Argument] = [grad, where, images, affine.mean, partial, pixels]
+        arguments += [steps, groups, *_sides(sizes)]
+        launch(pooling.backward_sums, grid, arguments, tile | _window(sizes))
         return _finish_sums(partial, affine, None), grad
 
     def gradient(
@@ -563,6 +537,14 @@ class Pool(Pooling):
         tensors = (grad, where, images, gain, mean, rstd, *(sums or (None, None)), of_images)
         self.start("backward", tensors, Sizes.of(x.shape, window), None)
         return of_images.permute(0, 3, 1, 2)
+
+
+def _sides(sizes: Sizes) -> list[Argument]:
+    return [sizes.height, sizes.width, sizes.out_height, sizes.out_width]
+
+
+def _window(sizes: Sizes) -> dict[str, int]:
+    return {"KERNEL": sizes.kernel, "STRIDE": sizes.stride, "PADDING": sizes.padding}
 
 
 # --- spikes in bytes ----------------------------------------------------------------------------
@@ -635,6 +617,6 @@ def check(device: torch.device) -> None:
         )
     keep_kernels_here()
     values = torch.arange(200, dtype=torch.uint8, device=device)
-    found = unpack(values, 4, torch.float32)
-    if not torch.equal(found.cpu(), values.cpu() / 4):
+    numbers = unpack(values, 4, torch.float32)
+    if not torch.equal(numbers.cpu(), values.cpu() / 4):
         raise RuntimeError("a kernel returns wrong results")
