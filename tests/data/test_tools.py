@@ -330,7 +330,7 @@ def test_a_stopped_index_continues(image_root, capsys, monkeypatch):
 
 def test_the_digits_are_made_once_and_completely(tmp_path, output_of):
     dest = tmp_path / "digits"
-    assert "4,000 to train" in output_of("digits.py", dest)
+    assert "4,000 images to train" in output_of("digits.py", dest)
     assert list(tmp_path.iterdir()) == [dest]
     names = {}
     for split, count in (("train", 400), ("val", 100)):

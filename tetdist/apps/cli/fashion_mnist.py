@@ -10,7 +10,8 @@ import gzip
 import hashlib
 import zlib
 from pathlib import Path
-from tempfile import TemporaryDirectory
+
+import numpy as np
 
 from tetdist.apps.cli.common import MISTAKES, documented_parser, run_command
 from tetdist.apps.images.arrays import Split, check_new, write_root
@@ -25,6 +26,11 @@ _SHA256 = {
     "t10k-images-idx3-ubyte": "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b",
     "t10k-labels-idx1-ubyte": "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34",
 }
+# A class's folder begins with its number, so that indexes have the published labels.
+_CLASSES = (
+    *("0-t-shirt-top", "1-trouser", "2-pullover", "3-dress", "4-coat", "5-sandal", "6-shirt"),
+    *("7-sneaker", "8-bag", "9-ankle-boot"),
+)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -52,22 +58,14 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
 def make(source: Path, dest: Path) -> None:
     """Write the images as a data root."""
     check_new(dest)
-    with TemporaryDirectory() as root:
-        # torchvision reads uncompressed files in this folder.
-        raw = Path(root, "FashionMNIST/raw")
-        raw.mkdir(parents=True)
-        for name in _SHA256:
-            (raw / name).write_bytes(_content(source, name))
-        from torchvision.datasets import FashionMNIST
-
-        splits = {split: FashionMNIST(root, train=split == "train") for split in ("train", "val")}
-    # A class's folder begins with its number, so that indexes have the published labels.
-    names = (name.lower().replace("/", "-").replace(" ", "-") for name in FashionMNIST.classes)
-    classes = [f"{number}-{name}" for number, name in enumerate(names)]
-    arrays = {
-        name: Split(split.data.numpy(), split.targets.numpy()) for name, split in splits.items()
-    }
-    write_root(dest, classes, arrays)
+    splits = {}
+    for split, part in (("train", "train"), ("val", "t10k")):
+        pixels, labels = (
+            np.frombuffer(_content(source, f"{part}-{file}-ubyte")[header:], np.uint8)
+            for file, header in (("images-idx3", 16), ("labels-idx1", 8))
+        )
+        splits[split] = Split(pixels.reshape(-1, 28, 28), labels)
+    write_root(dest, _CLASSES, splits)
 
 
 def _content(source: Path, name: str) -> bytes:

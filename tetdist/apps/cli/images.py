@@ -4,6 +4,7 @@ import argparse
 import os
 import sys
 from collections import Counter
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -44,65 +45,23 @@ def main(arguments: list[str] | None = None) -> int:
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = Parser(prog=program("images"), description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    _add_index(commands)
-    _add_check(commands)
-    _add_shard(commands)
-    args = parser.parse_args(arguments)
-    if args.splits is not None:
-        args.splits = [split for split in args.splits.split(",") if split]
-    return args
-
-
-def _add_index(commands: Any) -> None:
-    command = commands.add_parser(
+    index = commands.add_parser(
         "index",
         help="verify every file of a data set and write its index",
         description="Verify every image of ROOT (class folders, WebDataset shards or the official"
         " tars) and write the index DIR/SPLIT.npz, which training reads. Exit status: 0 written, 2"
         " nothing written, 130 stopped.",
     )
-    command.set_defaults(
-        run=_index, when_stopped="no index was written; the same command continues"
-    )
-    add = command.add_argument
-    add("root", metavar="ROOT", type=Path, help="folder of train/ and val/")
-    add("--out", metavar="DIR", type=Path, help="default: ROOT/index")
-    add("--events", action="store_true", help="index .npy tensors of shape (T, 2, H, W)")
-    add(
-        "--no-decode",
-        action="store_true",
-        help="check only the headers of images: quick, but misses damage that stops a training",
-    )
-    _add_common(command)
-    _add_classes(command)
-    text = "leave out files that cannot be used"
-    command.add_argument("--skip-bad", action="store_true", help=text)
-
-
-def _add_check(commands: Any) -> None:
-    command = commands.add_parser(
+    index.set_defaults(run=_index, when_stopped="no index was written; the same command continues")
+    check = commands.add_parser(
         "check",
         help="find damage, duplicates, wrong names and missing files",
         description="Decode and hash every image of ROOT; list images that do not decode, are"
         " duplicates, contradict their label or are missing from ImageNet-1k; compare with the"
         " index. Exit status: 0 good, 1 problems found, 2 not checked, 130 stopped.",
     )
-    command.set_defaults(run=_check, when_stopped="nothing was changed")
-    add = command.add_argument
-    add("root", metavar="ROOT", type=Path, help="folder of train/ and val/")
-    add("--out", metavar="DIR", type=Path, help="folder of the index; default: ROOT/index")
-    add("--json", metavar="FILE", type=Path, help="write all findings as JSON")
-    add(
-        "--subset",
-        action="store_true",
-        help="do not compare with ImageNet-1k: ROOT has fewer or other WordNet classes",
-    )
-    _add_common(command)
-    _add_classes(command)
-
-
-def _add_shard(commands: Any) -> None:
-    command = commands.add_parser(
+    check.set_defaults(run=_check, when_stopped="nothing was changed")
+    shard = commands.add_parser(
         "shard",
         help="pack an indexed data set, or Parquet files, into WebDataset shards",
         description="Pack the indexed images of ROOT, in random order, into"
@@ -110,44 +69,43 @@ def _add_shard(commands: Any) -> None:
         " holds Parquet files, and needs no index. The same command continues when stopped. Exit"
         " status: 0 done, 2 not done, 130 stopped.",
     )
-    command.set_defaults(run=_shard, when_stopped="the same command continues")
-    add = command.add_argument
-    add("root", metavar="ROOT", type=Path, help="the data root")
+    shard.set_defaults(run=_shard, when_stopped="the same command continues")
+
+    for command in (index, check, shard):
+        add = command.add_argument
+        add("root", metavar="ROOT", type=Path, help="folder of train/ and val/")
+        add("--splits", help="default: train,val; without a train split, every evaluation split")
+        cores, workers = len(os.sched_getaffinity(0)), partial(positive, most=MOST_THREADS)
+        text = "processes; default: %(default)s"
+        add("--workers", metavar="N", type=workers, default=cores, help=text)
+    for command in (index, check):
+        add = command.add_argument
+        add("--out", metavar="DIR", type=Path, help="folder of the index; default: ROOT/index")
+        text = "class names of the shards' labels, one a line, or imagenet-1k; default:"
+        add("--classes", metavar="FILE", help=f"{text} ROOT/classes.txt, else the label numbers")
+    add = index.add_argument
+    add("--events", action="store_true", help="index .npy tensors of shape (T, 2, H, W)")
+    text = "check only the headers of images: quick, but misses damage that stops a training"
+    add("--no-decode", action="store_true", help=text)
+    add("--skip-bad", action="store_true", help="leave out files that cannot be used")
+    add = check.add_argument
+    add("--json", metavar="FILE", type=Path, help="write all findings as JSON")
+    text = "do not compare with ImageNet-1k: ROOT has fewer or other WordNet classes"
+    add("--subset", action="store_true", help=text)
+    add = shard.add_argument
     add("dest", metavar="DEST", type=Path, help="the new data root")
     add("--index", metavar="DIR", type=Path, help="default: ROOT/index")
-    size = "shard size; default: %(default)s MB"
-    add("--shard-mb", metavar="N", type=positive, default=256, help=size)
+    text = "shard size; default: %(default)s MB"
+    add("--shard-mb", metavar="N", type=positive, default=256, help=text)
     add("--seed", metavar="N", type=int, default=0, help="seed of the order; default: %(default)s")
-    add(
-        "--from-parquet",
-        action="store_true",
-        help="pack the Parquet files in ROOT or ROOT/data, such as the Hugging Face hub's ImageNet:"
-        " one shard for each, in its order",
-    )
-    add(
-        "--subset",
-        action="store_true",
-        help="pack a part of ImageNet-1k, or its images with other labels (--from-parquet)",
-    )
-    _add_common(command)
-
-
-def _add_common(command: argparse.ArgumentParser) -> None:
-    cores = len(os.sched_getaffinity(0))
-    workers = partial(positive, most=MOST_THREADS)
-    add = command.add_argument
-    add("--splits", help="default: train,val; without a train split, every evaluation split")
-    processes = "processes; default: %(default)s"
-    add("--workers", metavar="N", type=workers, default=cores, help=processes)
-
-
-def _add_classes(command: argparse.ArgumentParser) -> None:
-    command.add_argument(
-        "--classes",
-        metavar="FILE",
-        help="class names of the shards' labels, one a line, or imagenet-1k; default:"
-        " ROOT/classes.txt, else the label numbers",
-    )
+    text = "pack the Parquet files in ROOT or ROOT/data, such as the Hugging Face hub's ImageNet:"
+    add("--from-parquet", action="store_true", help=f"{text} one shard for each, in its order")
+    text = "pack a part of ImageNet-1k, or its images with other labels (--from-parquet)"
+    add("--subset", action="store_true", help=text)
+    args = parser.parse_args(arguments)
+    if args.splits is not None:
+        args.splits = [split for split in args.splits.split(",") if split]
+    return args
 
 
 def _index(args: argparse.Namespace) -> int:
@@ -288,43 +246,26 @@ def _shard(args: argparse.Namespace) -> int:
     from tetdist.datasets.index import check_fresh, index_file, load_index
 
     _check_writable(args.dest, "DEST")
+    pack: dict[str, Callable[..., Index]] = {}
     if args.from_parquet:
-        return _shard_parquet(args)
-    folder = args.index or args.root / "index"
-    splits = args.splits or _indexed_splits(folder)
-    files = [index_file(folder, split) for split in splits]
-    indexes = [load_index(file) for file in files]
-    for index, file in zip(indexes, files, strict=True):
-        check_fresh(index, args.root, file)
-    for split, file in zip(splits, files, strict=True):
+        from tetdist.apps.images import parquet
+
+        names = args.splits or ["train", "val"]
+        splits = {split: parquet.read_tables(args.root, split, args.workers) for split in names}
+        classes = parquet.class_names(args.root, splits, subset=args.subset)
+        for split, tables in splits.items():
+            pack[split] = partial(parquet.shard_tables, split, tables, classes)
+    else:
+        folder = args.index or args.root / "index"
+        indexed = sorted(file.stem for file in folder.glob("*.npz"))
+        without_train = indexed if "train" not in indexed else []
+        for split in args.splits or without_train or ["train", "val"]:
+            file = index_file(folder, split)
+            check_fresh(load_index(file), args.root, file)
+            max_bytes = args.shard_mb * 2**20
+            pack[split] = partial(shard_split, file, args.root, seed=args.seed, max_bytes=max_bytes)
+    for split, write in pack.items():
         with file_progress(split, "shard") as progress:
-            index = shard_split(
-                file,
-                args.root,
-                args.dest,
-                seed=args.seed,
-                max_bytes=args.shard_mb * 2**20,
-                workers=args.workers,
-                progress=progress,
-            )
+            index = write(dest=args.dest, workers=args.workers, progress=progress)
         print(f"{args.dest / split}: {_described(index)}, packed and indexed")
     return 0
-
-
-def _shard_parquet(args: argparse.Namespace) -> int:
-    from tetdist.apps.images import parquet
-
-    names = args.splits or ["train", "val"]
-    splits = {split: parquet.read_tables(args.root, split, args.workers) for split in names}
-    classes = parquet.class_names(args.root, splits, subset=args.subset)
-    for split, tables in splits.items():
-        with file_progress(split, "shard") as progress:
-            index = parquet.shard_tables(split, tables, classes, args.dest, args.workers, progress)
-        print(f"{args.dest / split}: {_described(index)}, packed and indexed")
-    return 0
-
-
-def _indexed_splits(folder: Path) -> list[str]:
-    """Return train and val; without an index of train, all indexed splits."""
-    indexed = sorted(file.stem for file in folder.glob("*.npz"))
-    return indexed if indexed and "train" not in indexed else ["train", "val"]

@@ -5,6 +5,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+from PIL import Image
+
 from tetdist.datasets.index import index_splits
 from tetdist.errors import UserError
 from tetdist.storage.files import explaining, made_aside, remove
@@ -13,10 +16,12 @@ from tetdist.wording import counted
 
 
 class Split(NamedTuple):
-    """Images of a split: pixels (N, H, W) or (N, H, W, 3), uint8, and labels (N,)."""
+    """Images of a split: pixels (N, H, W) or (N, H, W, 3), uint8, labels (N,), and file names
+    without suffix; None: five digits of their numbers."""
 
     pixels: Any
     labels: Any
+    names: Sequence[str] | None = None
 
 
 def check_new(dest: Path) -> None:
@@ -35,7 +40,7 @@ def write_root(
 
     Args:
         classes: A folder's name for each label; sorted, so that indexes keep the labels.
-        splits: Images of train and val; files are named by their numbers.
+        splits: Images of train and val.
         per_class: The number of images of each class to take, for each split.
     """
     for leftover in dest.parent.glob(f".{dest.name}.*.tmp"):
@@ -57,9 +62,6 @@ def write_root(
 
 def _write(folder: Path, classes: Sequence[str], split: Split, per_class: int | None) -> int:
     """Write the first images of each class, or all, and return their number."""
-    import numpy as np
-    from PIL import Image
-
     written = [0] * len(classes)
     with sample_bar(len(split.labels), folder.name, silent=False) as bar:
         for number, label in enumerate(split.labels):
@@ -67,7 +69,8 @@ def _write(folder: Path, classes: Sequence[str], split: Split, per_class: int | 
             if written[label] == per_class:
                 continue
             written[label] += 1
-            file = folder / classes[label] / f"{number:05d}.png"
+            name = split.names[number] if split.names else f"{number:05d}"
+            file = folder / classes[label] / f"{name}.png"
             file.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(np.ascontiguousarray(split.pixels[number])).save(file)
     return sum(written)
