@@ -35,12 +35,12 @@ def make_model(
             f"data: the samples are {config.data.input_kind}, but model.name={section.name} takes "
             f"{model.input_kind}; choose another model or other data"
         )
+    _refuse_foreign_norms(section.name, model)
+    frames, size = index.frames(config.data), config.data.image_size
     # Refuse the T of a later step now; end with the first phase's largest T.
     for phase in reversed(config.phases):
         for timesteps in sorted(phase.choices):
             model.set_timesteps(timesteps)
-    _refuse_foreign_norms(section.name, model)
-    frames, size = index.frames(config.data), config.data.image_size
     sides = (size, size)
     if frames is not None:
         frames, sides = (model.timesteps, *frames[1:]), frames[2:]

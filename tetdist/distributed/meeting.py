@@ -27,6 +27,7 @@ import torch.distributed as dist
 from tetdist.distributed.starters import starters
 from tetdist.errors import PEER_FAILED, PeerFailed, UserError
 from tetdist.storage.files import own_cache
+from tetdist.wording import and_more
 
 # Variable with the secret of a run, where the program that starts its processes sets one.
 TOKEN = "TETDIST_TOKEN"
@@ -74,8 +75,8 @@ def _choose_interface(rank: int, addresses: Sequence[str]) -> None:
     own, others = addresses[rank], [one for one in addresses if not _is_loopback(one)]
     if _is_loopback(own) and others:
         own = _address_towards(others[0])
-    for name, found in psutil.net_if_addrs().items():
-        if any(entry.address.partition("%")[0] == own for entry in found):
+    for name, entries in psutil.net_if_addrs().items():
+        if any(entry.address.partition("%")[0] == own for entry in entries):
             os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
 
 
@@ -265,7 +266,7 @@ def _main_store(rank: int, token: str, seconds: float, about: Mapping[str, Any])
         mark, others = verified, json.loads(verified)["about"]
         differing = sorted(n for n in codes | others if codes.get(n) != others.get(n))
         if differing:
-            shown = ", ".join(differing[:8]) + (", ..." if len(differing) > 8 else "")
+            shown = ", ".join(differing[:8]) + and_more(differing, 8)
             raise UserError(
                 f"rank {rank} reached rank 0 of another run at {address()}, port {port}, which "
                 f"differs in {shown}; start all processes of a run with the same command, and "
@@ -300,7 +301,7 @@ def _wait_for_all(store: SignedStore, rank: int, world_size: int, seconds: float
     while rank == 0 and None in (came := [store.get(key) for key in keys]):
         if time.monotonic() > end:
             missing = [str(other) for other, one in enumerate(came) if one is None]
-            shown = ", ".join(missing[:8]) + (", ..." if len(missing) > 8 else "")
+            shown = ", ".join(missing[:8]) + and_more(missing, 8)
             verdict = (
                 f"of {world_size} processes rank {shown} did not join within {seconds:.0f} s: "
                 "ended early, or never started; peer_timeout=SECONDS allows for more"

@@ -74,8 +74,6 @@ class OverlappedMean:
         self._bucket_of: dict[Tensor, int] = {
             p: i for i, bucket in enumerate(self._buckets) for p in bucket
         }
-        self._missing: list[int] = []
-        self._under_way: list[_Sum] = []
         self._handles = [
             parameter.register_post_accumulate_grad_hook(self._arrived)
             for parameter in self._bucket_of
@@ -84,7 +82,7 @@ class OverlappedMean:
 
     def _restart(self) -> None:
         self._missing = [len(bucket) for bucket in self._buckets]
-        self._under_way = []
+        self._under_way: list[_Sum] = []
 
     def _arrived(self, parameter: Tensor) -> None:
         if not self.active:

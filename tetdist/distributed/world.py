@@ -56,12 +56,6 @@ class World:
         dist.all_reduce(total, group=self.control)
         return total.tolist()
 
-    def sum_(self, tensor: Tensor) -> Tensor:
-        """Add a tensor up over all processes, in place."""
-        if self.world_size > 1:
-            dist.all_reduce(tensor)
-        return tensor
-
     def mean_(self, tensor: Tensor) -> Tensor:
         """Average a tensor over all processes, in place."""
         if self.world_size == 1:
@@ -71,7 +65,8 @@ class World:
                 # NCCL divides in the same kernel, which gloo cannot.
                 dist.all_reduce(tensor, op=dist.ReduceOp.AVG)
             else:
-                self.sum_(tensor).div_(self.world_size)
+                dist.all_reduce(tensor)
+                tensor.div_(self.world_size)
         return tensor
 
     def mean_all_(self, tensors: list[Tensor]) -> None:

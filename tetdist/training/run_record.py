@@ -47,112 +47,98 @@ def show_checkpoints(tracker: Tracker, checkpoints: Path) -> None:
             tracker.set_tag(tag, str(path.resolve()))
 
 
-class RunRecord:
-    """The record of a run for trackers."""
+@contextmanager
+def recorded(
+    run: Prepared, launcher: Launcher, step: int, stop: StopRequest, *, finished: bool
+) -> Iterator[Tracker | None]:
+    """Record a run from ``step`` on, on rank 0, until it ends or is stopped."""
+    hosts = dict.fromkeys(run.world.gather(platform.node()))
+    if run.world.rank != 0:
+        yield None
+        return
+    config, folder = run.config, run.config.run_dir
+    evaluated_on = "train, held out" if config.data.held_out else "val"
+    tags, note = _tags(run), _note(run, evaluated_on)
+    tracked = TrackedRun(
+        folder,
+        config.name,
+        params=flatten(config.as_dict()),
+        tags={**tags, "split": evaluated_on, "hosts": " ".join(hosts), **launcher.tags},
+        resume_step=step if (folder / "metrics.jsonl").exists() else None,
+        note=note,
+        finished=finished,
+    )
+    tracker = Tracker(tracked, Destination.of(config), config.tracking.trackers)
+    checkpoints, which = folder / "checkpoints", config.tracking.log_checkpoint
+    show_checkpoints(tracker, checkpoints)
+    own = (folder / "imports").glob("*")
+    for file in (folder / "config.yaml", folder / "environment.json", *own):
+        tracker.artifact(file)
+    status: Status = "FAILED"
+    try:
+        yield tracker
+        if which != "none":
+            path = selection.last(checkpoints) if which == "last" else selection.best(checkpoints)
+            if path is not None:
+                tracker.artifact(path / selection.MODEL_FILE)
+        status = "FINISHED"
+    except Stopped:
+        restarts = stop.exit_status - 128 in launcher.restarts_after
+        status = "RUNNING" if restarts else "KILLED"
+        raise
+    finally:
+        tracker.close(status)
 
-    def __init__(self, run: Prepared, launcher: Launcher) -> None:
-        self.run, self.config, self.launcher = run, run.config, launcher
 
-    @contextmanager
-    def tracked(self, step: int, stop: StopRequest, *, finished: bool) -> Iterator[Tracker | None]:
-        """Record the run from ``step`` on, on rank 0, until it ends or is stopped."""
-        hosts = dict.fromkeys(self.run.world.gather(platform.node()))
-        if self.run.world.rank != 0:
-            yield None
-            return
-        config, folder = self.config, self.config.run_dir
-        run = TrackedRun(
-            folder,
-            config.name,
-            params=flatten(config.as_dict()),
-            tags=self._tags() | {"hosts": " ".join(hosts)},
-            resume_step=step if (folder / "metrics.jsonl").exists() else None,
-            note=self._note(),
-            finished=finished,
-        )
-        tracker = Tracker(run, Destination.of(config), config.tracking.trackers)
-        show_checkpoints(tracker, folder / "checkpoints")
-        own = (folder / "imports").glob("*")
-        for file in (folder / "config.yaml", folder / "environment.json", *own):
-            tracker.artifact(file)
-        status: Status = "FAILED"
-        try:
-            yield tracker
-            self._log_checkpoint(tracker)
-            status = "FINISHED"
-        except Stopped:
-            restarts = stop.exit_status - 128 in self.launcher.restarts_after
-            status = "RUNNING" if restarts else "KILLED"
-            raise
-        finally:
-            tracker.close(status)
+def _tags(run: Prepared) -> dict[str, str]:
+    config, losses = run.config, run.config.losses()
+    # These distinguish it from a run of its loss alone.
+    begun_with = {
+        "init_checkpoint": config.init_checkpoint,
+        "teacher": config.loss.distillation.teacher,
+        "self_distillation": max(loss.distillation.self_weight for loss in losses) or None,
+    }
+    return {
+        "model": config.model.name,
+        "timesteps": " then ".join(phase.timesteps_as_text for phase in config.phases),
+        "loss": " then ".join(loss.kind for loss in losses),
+        "git": environment.git_version(environment.git_state()) or "none",
+        "seed": str(config.seed),
+        "precision": config.precision,
+        "world_size": str(run.world.world_size),
+        "run_dir": str(config.run_dir.resolve()),
+        "data": run.train.fingerprint[:16],
+        **({"data_split": run.data_split} if run.data_split else {}),
+        **{key: str(value) for key, value in begun_with.items() if value is not None},
+    } | {f"version.{name}": version for name, version in environment.versions().items()}
 
-    def _log_checkpoint(self, tracker: Tracker) -> None:
-        """Upload the checkpoint of a finished run to MLflow, if configured."""
-        which, checkpoints = (
-            self.config.tracking.log_checkpoint,
-            self.config.run_dir / "checkpoints",
-        )
-        if which == "none":
-            return
-        path = selection.last(checkpoints) if which == "last" else selection.best(checkpoints)
-        if path is not None:
-            tracker.artifact(path / selection.MODEL_FILE)
 
-    @property
-    def _evaluated_on(self) -> str:
-        return "train, held out" if self.config.data.held_out else "val"
-
-    def _tags(self) -> dict[str, str]:
-        config, losses = self.config, self.config.losses()
-        # These distinguish it from a run of its loss alone.
-        begun_with = {
-            "init_checkpoint": config.init_checkpoint,
-            "teacher": config.loss.distillation.teacher,
-            "self_distillation": max(loss.distillation.self_weight for loss in losses) or None,
-        }
-        return {
-            "model": config.model.name,
-            "timesteps": " then ".join(phase.timesteps_as_text for phase in config.phases),
-            "loss": " then ".join(loss.kind for loss in losses),
-            "split": self._evaluated_on,
-            "git": environment.git_version(environment.git_state()) or "none",
-            "seed": str(config.seed),
-            "precision": config.precision,
-            "world_size": str(self.run.world.world_size),
-            "run_dir": str(config.run_dir.resolve()),
-            "data": self.run.train.fingerprint[:16],
-            **({"data_split": self.run.data_split} if self.run.data_split else {}),
-            **{key: str(value) for key, value in begun_with.items() if value is not None},
-            **self.launcher.tags,
-        } | {f"version.{name}": version for name, version in environment.versions().items()}
-
-    def _note(self) -> str:
-        """Return the description for the run's page in MLflow, in Markdown."""
-        config, train = self.config, self.run.train
-        data = f"{len(train):,} {train.kind}, {counted(len(train.classes), 'class')}"
-        phases = [
-            f"Phase {phase.number}: {counted(phase.section.epochs, 'epoch')}, "
-            f"T = {phase.section.timesteps_as_text}, {phase.optimizer.kind}, learning rate "
-            f"{phase.optimizer.lr_as_text(config.batch.global_)}, {phase.schedule.schedule}."
-            for phase in self.run.phases
-        ]
-        losses, folder = config.losses(), config.run_dir.resolve()
-        copies = [folder / "imports" / Path(file).name for file in without_losses(config.imports)]
-        lines = [
-            f"**{config.model.name}** on {config.data.root} ({data}; "
-            f"evaluated on the {len(self.run.val):,} of {self._evaluated_on})",
-            "",
-            *phases,
-            f"Loss: {'; then '.join(loss.as_text() for loss in losses)}.",
-            f"Begun with the weights of {config.init_checkpoint or 'no other network'}.",
-            f"{counted(self.run.last_step, 'step')}{' (max_steps)' if config.max_steps else ''} of "
-            f"{config.batch.global_} samples in micro-batches of {config.batch.micro}, "
-            f"{config.precision}, seed {config.seed}.",
-            "",
-            "Plots and the whole configuration are under Artifacts; what the metrics mean: "
-            "docs/metrics.md.",
-            "",
-            f"    {typed('eval', folder, *import_flags(copies))}",
-        ]
-        return "\n".join(lines)
+def _note(run: Prepared, evaluated_on: str) -> str:
+    """Return the description for the run's page in MLflow, in Markdown."""
+    config, train = run.config, run.train
+    data = f"{len(train):,} {train.kind}, {counted(len(train.classes), 'class')}"
+    phases = [
+        f"Phase {phase.number}: {counted(phase.section.epochs, 'epoch')}, "
+        f"T = {phase.section.timesteps_as_text}, {phase.optimizer.kind}, learning rate "
+        f"{phase.optimizer.lr_as_text(config.batch.global_)}, {phase.schedule.schedule}."
+        for phase in run.phases
+    ]
+    losses, folder = config.losses(), config.run_dir.resolve()
+    copies = [folder / "imports" / Path(file).name for file in without_losses(config.imports)]
+    lines = [
+        f"**{config.model.name}** on {config.data.root} ({data}; "
+        f"evaluated on the {len(run.val):,} of {evaluated_on})",
+        "",
+        *phases,
+        f"Loss: {'; then '.join(loss.as_text() for loss in losses)}.",
+        f"Begun with the weights of {config.init_checkpoint or 'no other network'}.",
+        f"{counted(run.last_step, 'step')}{' (max_steps)' if config.max_steps else ''} of "
+        f"{config.batch.global_} samples in micro-batches of {config.batch.micro}, "
+        f"{config.precision}, seed {config.seed}.",
+        "",
+        "Plots and the whole configuration are under Artifacts; what the metrics mean: "
+        "docs/metrics.md.",
+        "",
+        f"    {typed('eval', folder, *import_flags(copies))}",
+    ]
+    return "\n".join(lines)

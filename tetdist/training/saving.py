@@ -56,13 +56,11 @@ class Saving:
         if tracker is None:
             return
         run, folder = self.run, self.run.config.run_dir / "checkpoints"
-        by_kind = {one.kind: one for one in evaluated}
-        of_weights, of_average = by_kind.get(WEIGHTS), by_kind.get(AVERAGE)
-        description = _describe(run, state.step, of_weights and of_weights.validation)
+        validation = {evaluation.kind: evaluation.validation for evaluation in evaluated}
+        description = _describe(run, state.step, validation.get(WEIGHTS))
         weights, values, averaged = copy_to_host(run.model.state_dict()), asdict(state), None
         if average is not None:
-            validation = of_average and of_average.validation
-            changes = {"validation": validation, "averaged": average.as_text()}
+            changes = {"validation": validation.get(AVERAGE), "averaged": average.as_text()}
             described = description.model_copy(update=changes)
             averaged = checkpoint.Average(copy_to_host(average.state_dict()), described)
         copied = torch.cuda.Event(blocking=True) if run.world.device.type == "cuda" else None

@@ -31,7 +31,7 @@ from tetdist.training.feed import Feed
 from tetdist.training.observers import MakeObservers, Observers, Watched
 from tetdist.training.prepared import prepare
 from tetdist.training.run_folder import RunFolder
-from tetdist.training.run_record import Launcher, RunRecord
+from tetdist.training.run_record import Launcher, recorded
 from tetdist.training.saving import Saving
 from tetdist.training.schedule import Phase
 from tetdist.training.step import Step
@@ -79,16 +79,17 @@ class Trainer:
             Stopped: A signal requested it; everything is saved.
             UserError: The loss is not finite, a file cannot be read, the disk is full, ...
         """
-        result, record = None, RunRecord(self.prepared, launcher)
+        run, result = self.prepared, None
+        record = recorded(run, launcher, self.step, self.stop, finished=self.finished)
         try:
             with (
-                record.tracked(self.step, self.stop, finished=self.finished) as self.tracker,
-                self.prepared.progress(self.step) as self.progress,
+                record as self.tracker,
+                run.progress(self.step) as self.progress,
                 self.saving.thread,
             ):
                 if (tracker := self.tracker) is not None:
                     self.watch.before_end.append(lambda _: tracker.close("FAILED", timeout=5))
-                    seen = Watched(self.prepared, tracker, self.step, self.finished)
+                    seen = Watched(run, tracker, self.step, self.finished)
                     self.observers = Observers.of(make_observers, seen)
                 try:
                     self._train()
@@ -100,12 +101,11 @@ class Trainer:
 
     def _train(self) -> None:
         while not self.finished:
-            if self._evaluation_due():
-                self._enter(self.prepared.phase_at(self.step - 1))
-                self._evaluate()
-            else:
-                self._enter(self.prepared.phase_at(self.step))
-                self._train_epoch()
+            is_due = self._evaluation_due()
+            # An evaluation belongs to the phase of the step before it.
+            phase = self.prepared.phase_at(self.step - 1 if is_due else self.step)
+            self._enter(phase)
+            self._evaluate() if is_due else self._train_epoch()
         self.saving.wait()
         if self.evaluations.result:
             self._log("final", self.evaluations.result)
