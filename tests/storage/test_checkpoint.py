@@ -48,7 +48,7 @@ def save(folder, step, *, keep_last=10, top1=None, average_top1=None, seed=None)
         average = checkpoint.Average(model.state_dict(), described)
     return checkpoint.save(
         folder,
-        model=model,
+        model=model.state_dict(),
         optimizer=optimizer.state_dict(),
         description=description,
         state={"step": step, "result": {"top1": step / 3}},

@@ -203,21 +203,14 @@ def meet(
         SystemExit: Some processes have not joined, and rank 0 names them.
     """
     token = _token(shared_folder)
-    with limited(seconds + 2 * _GRACE, "rank 0 is lost during the rendezvous"):
-        about = _about(world_size, shared_folder, run)
-        store = _main_store(rank, token, seconds, about)
-        _wait_for_all(store, rank, world_size, seconds)
-    return store.store
-
-
-def _about(
-    world_size: int, shared_folder: Path | None, run: Mapping[str, Any]
-) -> Mapping[str, Any]:
-    """Return the values, by name, that the processes compare at the rendezvous."""
     # Different hosts may mount the folder at different paths.
     folder = shared_folder.absolute() if shared_folder and _on_one_host() else shared_folder
     launch = starters() if _is_one_launch() else []
-    return {**run, "number of processes": world_size, "run folder": folder, "launch": launch}
+    about = {**run, "number of processes": world_size, "run folder": folder, "launch": launch}
+    with limited(seconds + 2 * _GRACE, "rank 0 is lost during the rendezvous"):
+        store = _main_store(rank, token, seconds, about)
+        _wait_for_all(store, rank, world_size, seconds)
+    return store.store
 
 
 def _main_store(rank: int, token: str, seconds: float, about: Mapping[str, Any]) -> SignedStore:

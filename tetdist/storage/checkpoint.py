@@ -103,7 +103,7 @@ class Checkpoint:
 def save(
     folder: Path,
     *,
-    model: nn.Module | dict[str, Tensor],
+    model: dict[str, Tensor],
     optimizer: dict[str, Any],
     description: Description,
     state: dict[str, Any],
@@ -114,7 +114,7 @@ def save(
 
     Args:
         folder: The run's ``checkpoints`` folder.
-        model: The model, or its state.
+        model: The model's state.
         state: JSON values.
         keep_last: Number of newest checkpoints to keep, besides the best ones.
 
@@ -125,7 +125,6 @@ def save(
         UserError: It could not be written; earlier checkpoints are unchanged.
     """
     name = f"step-{state['step']:08d}"
-    weights = model.state_dict() if isinstance(model, nn.Module) else model
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for leftover in folder.glob(".step-*"):  # of a process that was killed
@@ -137,7 +136,7 @@ def save(
         target = folder / (f"{name}.{max(repeats) + 1}" if repeats else name)
         with made_aside(target) as aside, _full_disk_named(folder):
             aside.mkdir()
-            _write_weights(aside / MODEL_FILE, weights, description)
+            _write_weights(aside / MODEL_FILE, model, description)
             if average is not None:
                 _write_weights(aside / EMA_FILE, average.weights, average.description)
             torch.save(optimizer, aside / OPTIMIZER_FILE)

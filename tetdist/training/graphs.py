@@ -63,8 +63,9 @@ class Graphed:
         self._function, self._model, self._together = function, model, together
         self._norms = [module for module in model.modules() if isinstance(module, BatchNorm)]
         self._graphs: dict[int, _Graph] = {}  # by T
+        self._pool = functools.cache(torch.cuda.graph_pool_handle)
 
-    def __call__(self, *given: Tensor) -> Tensor:
+    def __call__(self, *inputs: Tensor) -> Tensor:
         """Return the function's result, in a tensor that the next call overwrites.
 
         Raises:
@@ -73,9 +74,9 @@ class Graphed:
         graph = self._graphs.get(self._model.timesteps)
         if graph is None:
             with self._together():
-                self._capture(given)
+                self._capture(inputs)
             graph = self._graphs[self._model.timesteps]
-        for static, tensor in zip(graph.inputs, given, strict=True):
+        for static, tensor in zip(graph.inputs, inputs, strict=True):
             static.copy_(tensor)
         result, replay = graph.captured
         replay()
@@ -84,8 +85,6 @@ class Graphed:
         return result
 
     def _capture(self, given: tuple[Tensor, ...]) -> None:
-        if not self._graphs:
-            self._pool = functools.cache(torch.cuda.graph_pool_handle)
         inputs = tuple(tensor.clone() for tensor in given)
         parameters = list(self._model.parameters())
         # Restore what the calls before the capture change: this micro-batch counts once.

@@ -1,9 +1,7 @@
 """The state of a run in its checkpoints, and its resumption from them."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
 
 from tetdist.errors import UserError
 from tetdist.storage import checkpoint
@@ -26,11 +24,6 @@ class RunState:
     data: str  # the index's fingerprint
     teacher: str | None  # the teacher's fingerprint
 
-    @classmethod
-    def read(cls, state: Mapping[str, Any]) -> "RunState":
-        """Read the fields from a checkpoint's state, which may hold more."""
-        return cls(**{one.name: state[one.name] for one in fields(cls) if one.name in state})
-
 
 def restore(saved: checkpoint.Checkpoint, run: Prepared, average: WeightAverage | None) -> RunState:
     """Restore a checkpoint's weights and their average; return the state.
@@ -38,7 +31,7 @@ def restore(saved: checkpoint.Checkpoint, run: Prepared, average: WeightAverage 
     Raises:
         UserError: The run cannot continue from it.
     """
-    state = RunState.read(saved.state)
+    state = RunState(**{field.name: saved.state[field.name] for field in fields(RunState)})
     checkpoint.load_weights(run.model, saved.model, saved.path)
     if average is not None:
         if saved.average is None:
