@@ -112,12 +112,15 @@ def test_a_mistake_names_the_file_that_it_is_in(tmp_path):
         ("base: nowhere.yaml", "odd.yaml: base: no configuration 'nowhere.yaml'"),
         ("base: 3", "'base' must be the name of a configuration, not 3"),
         ("base: odd.yaml", "'base' leads back to this file (odd.yaml <- odd.yaml)"),
-        ("base: quickstart\nphases: {1: {epochs: 2}}", "without an item '1'; change its"),
+        (
+            "base: quickstart\nphases: {1: {epochs: 2}}",
+            "phases has 1 item, counted from 0, and no '1'; name",
+        ),
         (
             "base: quickstart\nphases: [{epochs: 2}]",
             "'phases.0.optimizer' is missing (a list replaces",
         ),
-        ("base: quickstart\nphases: {first: {epochs: 2}}", "item 'first'"),
+        ("base: quickstart\nphases: {first: {epochs: 2}}", "no 'first'; name"),
     ],
 )
 def test_a_base_that_cannot_be_one(tmp_path, text, part):

@@ -6,13 +6,11 @@ from typing import Any
 
 import yaml
 
-from tetdist.config.overrides import flatten
+from tetdist.config.overrides import flatten, over
 from tetdist.config.yaml_files import read_yaml
 from tetdist.errors import UserError
 
 COMMAND_LINE, DEFAULT = "command line", "default"
-# Keys that name the object whose arguments a mapping holds.
-_OWNERS = ("kind", "name")
 
 
 def read_layers(
@@ -59,35 +57,6 @@ def imports_of(raw: dict[str, Any], source: Path | str) -> list[str]:
     if isinstance(files, list) and all(isinstance(file, str) for file in files):
         return files
     raise UserError(f"{source}: 'imports' must be a list of files, such as [my_snn.py]")
-
-
-def over(base: Any, own: Any, source: str = "", place: str = "") -> Any:
-    """Merge a value into the base's: mappings key by key, a list's items by their position."""
-    if not isinstance(own, dict):
-        return own
-    if isinstance(base, list):
-        return _items_over(base, own, source, place)
-    if not isinstance(base, dict):
-        return own
-    # The base's arguments do not suit another network, loss or optimiser.
-    if any(key in own and own[key] != base.get(key) for key in _OWNERS):
-        base = {key: value for key, value in base.items() if key != "arguments"}
-    return base | {
-        key: over(base.get(key), value, source, f"{place}.{key}".lstrip("."))
-        for key, value in own.items()
-    }
-
-
-def _items_over(base: list[Any], own: dict[str, Any], source: str, place: str) -> list[Any]:
-    items = list(base)
-    for key, value in own.items():
-        if not key.isdecimal() or int(key) >= len(items):
-            raise UserError(
-                f"{source}: {place!r} is a list in the base, without an item {key!r}; change its "
-                f"items by number, as in {place}: {{0: {{...}}}}, or give the whole list"
-            )
-        items[int(key)] = over(items[int(key)], value, source, f"{place}.{key}")
-    return items
 
 
 def overridden(origins: Mapping[str, str], values: dict[str, Any], key: str) -> dict[str, str]:

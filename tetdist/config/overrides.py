@@ -1,4 +1,4 @@
-"""Overrides, ``dotted.key=value``: applying them, and joining lists of them."""
+"""Layers of values: files over their bases, and overrides, ``dotted.key=value``, over files."""
 
 from collections.abc import Sequence
 from itertools import combinations
@@ -7,6 +7,9 @@ from typing import Any
 from tetdist.config.yaml_files import read_value
 from tetdist.errors import UserError
 from tetdist.wording import counted
+
+# Keys that name the object whose arguments a mapping holds.
+_OWNERS = ("kind", "name")
 
 
 def key_of(override: str) -> str:
@@ -60,33 +63,36 @@ def flatten(values: dict[str, Any], prefix: str = "", *, items: bool = False) ->
     return flat
 
 
-def apply_override(raw: dict[str, Any], override: str) -> None:
+def over(base: Any, own: Any, source: str, place: str = "", depth: int | None = None) -> Any:
+    """Merge a value into the base's: mappings key by key, a list's items by their position.
+
+    Args:
+        source: File or override of the value, for errors.
+        place: Dotted key of both.
+        depth: Number of levels to merge; what is below replaces the base's. None: all levels, but
+            arguments of another network, loss or optimiser do not stay.
+    """
+    if not isinstance(own, dict) or not isinstance(base, dict | list) or depth == 0:
+        return own
+    is_list = isinstance(base, list)
+    merged = {str(i): item for i, item in enumerate(base)} if is_list else dict(base)
+    if depth is None and any(key in own and own[key] != merged.get(key) for key in _OWNERS):
+        merged.pop("arguments", None)
+    for key, value in own.items():
+        if is_list and key not in merged:
+            raise UserError(
+                f"{source}: {place} has {counted(len(base), 'item')}, counted from 0, and no "
+                f"{key!r}; name one by its number, as in {place}.0, or give the whole list"
+            )
+        inner = f"{place}.{key}".lstrip(".")
+        merged[key] = over(merged.get(key), value, source, inner, depth and depth - 1)
+    return list(merged.values()) if is_list else merged
+
+
+def apply_override(values: dict[str, Any], override: str) -> None:
     """Set one ``dotted.key=value`` in nested dictionaries."""
-    key = key_of(override)
-    text = override.partition("=")[2]
-    value = read_value(text, override) if text else None
-    node: Any = raw
-    parts = key.split(".")
-    for depth, part in enumerate(parts, start=1):
-        above = ".".join(parts[: depth - 1])
-        place: Any = part
-        if isinstance(node, list):
-            place = _position(node, parts[depth - 1 :], above, override)
-        elif not isinstance(node, dict):
-            raise UserError(f"{override}: {above} is a single value and holds no keys")
-        if depth == len(parts):
-            node[place] = value
-        elif isinstance(node, dict) and node.get(place) is None:
-            node[place] = {}
-        node = node[place]
-
-
-def _position(items: list[Any], parts: list[str], name: str, override: str) -> int:
-    part = parts[0]
-    if part.isdecimal() and part == str(int(part)) and int(part) < len(items):
-        return int(part)
-    there = f"{name} has {counted(len(items), 'item')}, counted from 0"
-    if not part.isdecimal() and items and isinstance(items[0], dict):
-        inner = parts if part in items[0] else parts[1:] or parts  # phases.epochs, phases.N.epochs
-        raise UserError(f"{override}: {there}; set {name}.0.{'.'.join(inner)}, for instance")
-    raise UserError(f"{override}: {there}; add further ones in the YAML file")
+    parts, text = key_of(override).split("."), override.partition("=")[2]
+    own = read_value(text, override) if text else None
+    for part in reversed(parts):
+        own = {part: own}
+    values |= over(values, own, override, depth=len(parts))

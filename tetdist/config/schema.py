@@ -13,7 +13,7 @@ import yaml
 from pydantic import BeforeValidator, Field, model_validator
 
 from tetdist.config.fields import Positive, Section, Steps
-from tetdist.config.inheritance import over
+from tetdist.config.overrides import over
 from tetdist.config.sections.data import DataSection
 from tetdist.config.sections.loss import LossSection
 from tetdist.config.sections.model import ModelSection
@@ -170,7 +170,7 @@ class RunConfig(Section):
     def loss_of(self, phase: PhaseSection) -> LossSection:
         """Return a phase's loss: the run's, with the keys that the phase sets."""
         own = phase.loss.model_dump(exclude_unset=True)
-        return LossSection.model_validate(over(self.loss.model_dump(), own))
+        return LossSection.model_validate(over(self.loss.model_dump(), own, "phases"))
 
     def losses(self) -> list[LossSection]:
         """Return the losses of all phases in order, without repetitions."""

@@ -41,18 +41,13 @@ def _plain(stream: bytes | str, source: str) -> Any:
         return json.loads(json.dumps(value, ensure_ascii=False).encode())
     except UserError:
         raise
-    except TypeError as error:
-        raise UserError(
-            f"{source}: a value is neither text, number, list nor mapping ({error}); "
-            "quote it if it is meant as text"
-        ) from error
     except yaml.MarkedYAMLError as error:
         mark = error.context_mark or error.problem_mark  # the first of both
         text = f"line {mark.line + 1 if mark else 0}: {error.problem}"
         tabs = "; indent by spaces" if "\\t" in text else ""
         raise UserError(f"{source} is not valid YAML: {text}{tabs}") from error
-    # ValueError: the 13th month, a number of ten thousand digits, bytes that are no text.
-    except (yaml.YAMLError, ValueError) as error:
+    # TypeError: a set; ValueError: a number of ten thousand digits, bytes that are no text.
+    except (yaml.YAMLError, TypeError, ValueError) as error:
         raise UserError(f"{source} is not valid YAML: {' '.join(str(error).split())}") from error
 
 
@@ -76,20 +71,16 @@ class _Loader(yaml.SafeLoader):
         return node
 
 
-def _plain_number(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int | float:
-    """Construct a number, but refuse base 60, as which YAML 1.1 reads 1:30."""
-    if ":" in node.value:
-        line = node.start_mark.line + 1
-        raise UserError(
-            f"{node.start_mark.name}: {node.value} in line {line} is a base-60 number in YAML 1.1; "
-            f"write it as a decimal or, as text, in quotes, such as '\"{node.value}\"'"
-        )
+def _plain_scalar(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> str | int | float:
+    """Construct a number; dates and 1:30, in YAML 1.1 a number of base 60, are text."""
+    if ":" in node.value or node.tag.endswith("timestamp"):
+        return str(node.value)
     is_int = node.tag == "tag:yaml.org,2002:int"
     return loader.construct_yaml_int(node) if is_int else loader.construct_yaml_float(node)
 
 
-for _tag in ("int", "float"):
-    _Loader.add_constructor(f"tag:yaml.org,2002:{_tag}", _plain_number)
+for _tag in ("int", "float", "timestamp"):
+    _Loader.add_constructor(f"tag:yaml.org,2002:{_tag}", _plain_scalar)
 # YAML 1.1 takes 1e-4 for text. Such text is written in quotes.
 _NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
 yaml.add_implicit_resolver(
