@@ -15,7 +15,7 @@ from tetdist.distributed.world import join
 from tetdist.errors import UserError, pip_install
 from tetdist.nn import batch_norm
 from tetdist.optimizers import make_optimizer
-from tetdist.training.engines import base, create, deepspeed_engines
+from tetdist.training.engines import base, deepspeed_engines, make_engine
 
 MICRO_BATCHES = 4
 
@@ -47,7 +47,7 @@ def made(engine, model, world, changes):
     cfg = config(changes | {"engine": engine[0], "zero_stage": engine[1]})
     optimizer = make_optimizer(model, cfg.phases[0].optimizer)
     parts = base.EngineParts(cfg, model, optimizer, MICRO_BATCHES, world)
-    return create.make_engine(parts), optimizer
+    return make_engine(parts), optimizer
 
 
 def network():

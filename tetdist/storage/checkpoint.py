@@ -301,11 +301,8 @@ def _model_file(path: Path, which: str, ranked_by: str = MODEL_FILE) -> Path:
         folder = path
     else:
         checkpoints = path / "checkpoints" if (path / "checkpoints").is_dir() else path
-        selected = (
-            selection.last(checkpoints)
-            if which == "last"
-            else selection.best(checkpoints, ranked_by)
-        )
+        last = which == "last"
+        selected = selection.last(checkpoints) if last else selection.best(checkpoints, ranked_by)
         if selected is None:
             raise UserError(
                 f"there is no {which} checkpoint in {path}; give the folder of a run, of a "

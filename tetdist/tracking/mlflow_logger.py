@@ -99,8 +99,6 @@ class MLflow:
         MLflow's state is queried again, so it does not matter whether the failed request had an
         effect.
         """
-        import mlflow
-
         self._folder, self._client = run.folder, new_client(self.destination.uri)
         stored = _open_run(self._client, run.folder, self.destination, run.name)
         self._run_id: str = stored.info.run_id
@@ -113,7 +111,8 @@ class MLflow:
             self._start_monitor()
         # MLflow does not let existing parameters change.
         params = ((_allowed(name), str(value)) for name, value in run.params.items())
-        new = [mlflow.entities.Param(*pair) for pair in params if pair[0] not in stored.data.params]
+        param, known = _mlflow().entities.Param, stored.data.params
+        new = [param(name, value) for name, value in params if name not in known]
         self._client.log_batch(self._run_id, params=new)
         # The last step of each metric. The protobuf form is the public one that shows it.
         self._have = {metric.key: metric.step for metric in stored.data.to_proto().metrics}
@@ -123,15 +122,13 @@ class MLflow:
 
     def log(self, lines: list[dict[str, Any]]) -> None:
         """Send the points of lines that MLflow lacks."""
-        import mlflow
-
-        points = []
+        points, metric = [], _mlflow().entities.Metric
         for line in lines:
             step, time = line["step"], int(line["time"] * 1000)
             for name, value in points_of(line):
                 key = _allowed(name)
                 if step > self._have.get(key, -1):
-                    points.append(mlflow.entities.Metric(key, value, time, step))
+                    points.append(metric(key, value, time, step))
         self._client.log_batch(self._run_id, metrics=points)
         self._ended = time if self._is_repeated else None
         if points and self._is_repeated:
@@ -210,12 +207,8 @@ def announce(config: "RunConfig", status: str | None, tags: Mapping[str, str]) -
         )
 
 
-def new_client(uri: str) -> Any:
-    """Return a client of an MLflow store, and make its database if missing; quieten MLflow's log.
-
-    Raises:
-        Exception: One of MLflow's many kinds.
-    """
+def _mlflow() -> Any:
+    """Import MLflow, which takes seconds, with `SETTINGS` and a quieter log."""
     for name, value in SETTINGS.items():
         os.environ.setdefault(name, value)
     import mlflow
@@ -223,6 +216,16 @@ def new_client(uri: str) -> Any:
     if "MLFLOW_LOGGING_LEVEL" not in os.environ:
         for name in ("mlflow", "alembic", "urllib3.connectionpool"):
             logging.getLogger(name).setLevel(logging.ERROR)
+    return mlflow
+
+
+def new_client(uri: str) -> Any:
+    """Return a client of an MLflow store, and make its database if missing.
+
+    Raises:
+        Exception: One of MLflow's many kinds.
+    """
+    client = _mlflow().MlflowClient
     if uri.startswith("sqlite:///") and not (path := Path(uri.removeprefix("sqlite:///"))).exists():
         # MLflow's setup takes seconds and many steps, which two processes must not do at once.
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -230,8 +233,8 @@ def new_client(uri: str) -> Any:
             if not path.exists():
                 # MLflow keeps opened databases in memory, so each attempt needs another name.
                 with made_aside(path, ending=f".{secrets.token_hex(4)}") as draft:
-                    mlflow.MlflowClient(tracking_uri=f"sqlite:///{draft}").search_experiments()
-    return mlflow.MlflowClient(tracking_uri=uri)
+                    client(tracking_uri=f"sqlite:///{draft}").search_experiments()
+    return client(tracking_uri=uri)
 
 
 def _open_run(client: Any, run_dir: Path, destination: Destination, run_name: str) -> Any:
@@ -243,8 +246,6 @@ def _open_run(client: Any, run_dir: Path, destination: Destination, run_name: st
 
 def _known_run(client: Any, run_dir: Path) -> Any:
     """Return the MLflow run of a run's folder; None if MLflow does not have it (any more)."""
-    import mlflow
-
     id_file = run_dir / "mlflow_run_id"
     if not id_file.exists():
         return None
@@ -253,7 +254,7 @@ def _known_run(client: Any, run_dir: Path) -> Any:
         run = client.get_run(run_id)
         if run.info.lifecycle_stage == "active":
             return run
-    except mlflow.exceptions.MlflowException as error:
+    except _mlflow().exceptions.MlflowException as error:
         if error.error_code != "RESOURCE_DOES_NOT_EXIST":
             raise
     shown, file = without_passwords(client.tracking_uri), run_dir / "metrics.jsonl"
@@ -264,8 +265,6 @@ def _known_run(client: Any, run_dir: Path) -> Any:
 
 def _create_run(client: Any, destination: Destination, run_name: str, run_dir: Path) -> Any:
     """Make a run that began when its folder says, with its experiment if missing."""
-    from mlflow.tracking.context.registry import resolve_tags
-
     name = destination.experiment
     if client.get_experiment_by_name(name) is None:
         # A server's own location works for all its users; a path of this machine would not.
@@ -278,8 +277,9 @@ def _create_run(client: Any, destination: Destination, run_name: str, run_dir: P
     for tag in EXPERIMENT_TAGS.keys() - experiment.tags.keys():
         client.set_experiment_tag(experiment.experiment_id, tag, EXPERIMENT_TAGS[tag])
     # MLflow's pages show these tags as the run's user, source and version.
-    of, begun = experiment.experiment_id, _begun(run_dir)
-    return client.create_run(of, start_time=begun, run_name=run_name, tags=resolve_tags())
+    tags, begun = _mlflow().tracking.context.registry.resolve_tags(), _begun(run_dir)
+    of = experiment.experiment_id
+    return client.create_run(of, start_time=begun, run_name=run_name, tags=tags)
 
 
 def _begun(run_dir: Path) -> int | None:
@@ -292,10 +292,8 @@ def _begun(run_dir: Path) -> int | None:
 
 
 def _set_tags(client: Any, run_id: str, tags: Mapping[str, str]) -> None:
-    import mlflow
-
-    entities = [mlflow.entities.RunTag(_allowed(key), value) for key, value in tags.items()]
-    client.log_batch(run_id, tags=entities)
+    tag = _mlflow().entities.RunTag
+    client.log_batch(run_id, tags=[tag(_allowed(key), value) for key, value in tags.items()])
 
 
 def _set_status(client: Any, run_id: str, status: str, ended: int | None = None) -> None:

@@ -118,7 +118,7 @@ def _from_checkpoint(path: Path, config: RunConfig, index: Index) -> _Loaded:
             f"{KEY}: {path} must have the classes of {config.data.root}, in the same order"
         )
     num_classes = trained.model.num_classes or (len(classes) if classes else len(index.classes))
-    _check_num_classes(str(path), num_classes, config, index)
+    _check_num_classes(str(path), num_classes, config.model.num_classes or len(index.classes))
     model = trained.model.build(
         num_classes=num_classes, timesteps=description.timesteps, input_kind=kind
     )
@@ -149,7 +149,8 @@ def _from_timm(config: RunConfig, index: Index) -> _Loaded:
             f"{KEY}: timm's {name} takes images, but the data are {config.data.input_kind}"
         )
     file = section.teacher_weights
-    arguments: dict[str, Any] = {} if file is None else {"num_classes": _num_classes(config, index)}
+    num_classes = config.model.num_classes or len(index.classes)
+    arguments: dict[str, Any] = {} if file is None else {"num_classes": num_classes}
     try:
         model: nn.Module = timm.create_model(name, pretrained=file is None, **arguments)
     except Exception as error:  # timm or a download may raise any error
@@ -160,20 +161,14 @@ def _from_timm(config: RunConfig, index: Index) -> _Loaded:
         ) from error
     if file is not None:
         checkpoint.load_weights(model, foreign_files.read(Path(file)), Path(file))
-    _check_num_classes(name, model.num_classes, config, index)
+    _check_num_classes(name, model.num_classes, num_classes)
     described = timm.get_pretrained_cfg(name)
     return model, described.mean, described.std
 
 
-def _num_classes(config: RunConfig, index: Index) -> int:
-    return config.model.num_classes or len(index.classes)
-
-
-def _check_num_classes(name: str, found: object, config: RunConfig, index: Index) -> None:
-    if found != _num_classes(config, index):
-        raise UserError(
-            f"{KEY}: {name} has {found} classes, but the student {_num_classes(config, index)}"
-        )
+def _check_num_classes(name: str, number: object, student: int) -> None:
+    if number != student:
+        raise UserError(f"{KEY}: {name} has {number} classes, but the student {student}")
 
 
 def _between(

@@ -24,8 +24,8 @@ from tetdist.tracking.progress import RunProgress
 from tetdist.tracking.tracker import Tracker
 from tetdist.training import state
 from tetdist.training.ema import WeightAverage
+from tetdist.training.engines import make_engine
 from tetdist.training.engines.base import Engine, EngineParts
-from tetdist.training.engines.create import make_engine
 from tetdist.training.evaluating import AVERAGE, Evaluated, Evaluations
 from tetdist.training.feed import Feed
 from tetdist.training.observers import MakeObservers, Observers, Watched

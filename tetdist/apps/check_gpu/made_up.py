@@ -14,8 +14,8 @@ from tetdist.distributed.world import World
 from tetdist.nn import batch_norm
 from tetdist.nn.precision import choose_algorithms, parameter_type
 from tetdist.optimizers import make_optimizer
+from tetdist.training.engines import make_engine
 from tetdist.training.engines.base import EngineParts
-from tetdist.training.engines.create import make_engine
 from tetdist.training.step import LOSS, SAMPLES, Step
 
 
