@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import signal
+import socket
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -17,7 +18,6 @@ import yaml
 from safetensors.torch import load_file
 
 from tetdist.apps.reports.compare import OF_THE_CLOCK
-from tetdist.distributed.meeting import free_port
 from tetdist.distributed.starters import as_starter
 from tetdist.storage import selection
 
@@ -85,7 +85,7 @@ class Runs:
             "WORLD_SIZE": str(world),
             "LOCAL_SIZE": str(world),
             "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(free_port()),
+            "MASTER_PORT": str(_free_port()),
             "DS_ACCELERATOR": "cpu",
             "CUDA_VISIBLE_DEVICES": "",
         }
@@ -119,6 +119,13 @@ class Runs:
         seconds, ended = time.monotonic() - started, "stopped" if stop else "finished"
         print(f"{name}: {ended} at step {last_step(run)}, {seconds:.0f} s", file=sys.stderr)
         return run
+
+
+def _free_port() -> int:
+    """Return a free port of this host for a rendezvous."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
 
 
 def _train(

@@ -44,13 +44,6 @@ def address() -> str:
     return LOOPBACK if _on_one_host() else os.environ["MASTER_ADDR"]
 
 
-def free_port() -> int:
-    """Return a free port of this host for a rendezvous."""
-    with socket.socket() as listener:
-        listener.bind((LOOPBACK, 0))
-        return int(listener.getsockname()[1])
-
-
 def _on_one_host() -> bool:
     master = os.environ["MASTER_ADDR"]
     return master == "localhost" or _is_loopback(master) or _is_one_launch()

@@ -56,7 +56,6 @@ def environment() -> dict[str, Any]:
 
     Unknown values are None, empty or left out.
     """
-    affinity = getattr(os, "sched_getaffinity", None)  # not on macOS
     gpus = _output(
         ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
     )
@@ -67,7 +66,7 @@ def environment() -> dict[str, Any]:
         "hostname": socket.gethostname(),
         "cpu": cpu_model(),
         "cores": os.cpu_count(),
-        "usable_cores": len(affinity(0)) if affinity else os.cpu_count(),
+        "usable_cores": len(os.sched_getaffinity(0)),
         "gpus": gpus.splitlines(),
         "cuda_visible_devices": os.environ.get("CUDA_VISIBLE_DEVICES"),
         "command": shlex.join(map(without_passwords, sys.argv)),

@@ -48,6 +48,7 @@ class WeightsAndBiases:
     def __init__(self, run: TrackedRun) -> None:
         import wandb
 
+        self._wandb = wandb
         id_file = run.folder / "wandb_run_id"
         if not id_file.is_file():
             write_text(id_file, secrets.token_hex(4) + "\n")
@@ -83,10 +84,8 @@ class WeightsAndBiases:
                 self._last_step[kind] = step
 
     def close(self, status: str) -> None:
-        import wandb
-
         if status == "RUNNING":  # elsewhere, soon
             self._run.mark_preempting()
         self._run.finish(exit_code=0 if status == "FINISHED" else 1)
         # Its service is a separate process, which ends when all is sent.
-        wandb.teardown()
+        self._wandb.teardown()
