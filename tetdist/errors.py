@@ -57,9 +57,8 @@ class WrongValue(UserError):
     """
 
     def __init__(self, key: str, text: str) -> None:
-        super().__init__(
-            f"{key}{' ' if text.startswith(('must', 'needs', 'has no ')) else ': '}{text}"
-        )
+        verbs = ("must", "needs", "has no ", "is missing")
+        super().__init__(f"{key}{' ' if text.startswith(verbs) else ': '}{text}")
         self.key, self.text = key, text
 
 

@@ -102,8 +102,8 @@ def test_a_mistake_names_the_file_that_it_is_in(tmp_path):
     own = written(tmp_path / "mine.yaml", "base: base.yaml\nsede: 1\n")
     with pytest.raises(UserError) as caught:
         load(own)
-    assert "base.yaml: 'log_every'" in str(caught.value)
-    assert "mine.yaml: unknown key 'sede'" in str(caught.value)
+    assert "base.yaml: log_every must" in str(caught.value)
+    assert "mine.yaml: sede: unknown key" in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -118,7 +118,7 @@ def test_a_mistake_names_the_file_that_it_is_in(tmp_path):
         ),
         (
             "base: quickstart\nphases: [{epochs: 2}]",
-            "'phases.0.optimizer' is missing (a list replaces",
+            "phases.0.optimizer is missing (a list replaces",
         ),
         ("base: quickstart\nphases: {first: {epochs: 2}}", "no 'first'; name"),
     ],

@@ -169,8 +169,8 @@ def test_constants_of_a_file(tmp_path):
     assert constants.model_fields_set == {"weight_bit", "hops"}
     assert read_constants(None) == EnergySection()
     for text, problem in {
-        "hop: 1": "unknown key 'hop'; did you mean 'hops'?",
-        "compare: -1": "'compare': must be 0 or more, not -1",
+        "hop: 1": "hop: unknown key; did you mean 'hops'?",
+        "compare: -1": "compare must be greater than or equal to 0, not -1",
         "": "must hold keys and values, but is empty",
     }.items():
         file.write_text(text)

@@ -177,8 +177,8 @@ OF_NONE, SIZE_24 = f"{KEY}_weights=/nowhere", ("data.image_size=24", "data.resiz
         ([TAUGHT, EVENTS], "was trained on images, but the data are events"),
         ([f"{KEY}={TIMM}", SEVEN, EVENTS], "takes images, but the data are events"),
         (["loss.kind=sdt", SELF], "set kind=tet, or self_weight=0"),
-        ([ALIGNED, TAUGHT, "data.mixup=0.2"], "error_aware needs samples of one class"),
-        ([CORRECT, SELF, "data.cutmix=1.0"], "correct_mean needs samples of one class"),
+        ([ALIGNED, TAUGHT, "data.mixup=0.2"], "error_aware: needs samples of one class"),
+        ([CORRECT, SELF, "data.cutmix=1.0"], "correct_mean: needs samples of one class"),
         ([TAUGHT, SEVEN], "needs a timm teacher; set teacher=timm:NAME, too"),
     ],
 )

@@ -219,7 +219,7 @@ def test_a_folder_is_continued_by_its_own_run_alone(main, tiny_root, tiny_config
     (run / "config.yaml").write_text("a: [1")
     refused(main(file), "config.yaml is damaged", "set another name=")
     (run / "config.yaml").write_text(kept[: kept.index("phases:")])
-    refused(main(file), "config.yaml is damaged or of another version", "'phases' is missing")
+    refused(main(file), "config.yaml is damaged or of another version", "phases is missing")
 
 
 def test_read_only_place(main, tiny_config, tmp_path, monkeypatch):

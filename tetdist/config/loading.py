@@ -9,7 +9,6 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-from tetdist.config import names
 from tetdist.config.checks import check, check_early
 from tetdist.config.inheritance import COMMAND_LINE, imports_of, overridden, read_layers
 from tetdist.config.messages import checked, refusing
@@ -17,7 +16,7 @@ from tetdist.config.overrides import apply_override, key_of, refuse_repeated
 from tetdist.config.schema import RunConfig
 from tetdist.config.sections.model import network_neuron, neuron_of
 from tetdist.config.yaml_files import read_yaml
-from tetdist.errors import UserError, WrongValue, typed
+from tetdist.errors import UserError, typed
 from tetdist.nn import neurons
 from tetdist.nn.neurons import NEURONS
 from tetdist.plugins import import_files
@@ -86,8 +85,6 @@ class Draft:
         config = self.config.model_copy(update={"model": model})
         with self.refusing():
             check(config, only_used=self.only_used)
-            if not self.only_used:
-                self._check_that_the_loss_reads_all(config)
         return config
 
     def _neuron_keys_of(self, kind: str) -> dict[str, Any]:
@@ -112,30 +109,6 @@ class Draft:
                     f"or set model.neuron.kind={' or '.join(has)}"
                 )
         return {key: value for key, value in self.neuron_keys.items() if key in own}
-
-    def _check_that_the_loss_reads_all(self, config: RunConfig) -> None:
-        """Refuse a key that the user's own loss function has no parameter for.
-
-        A key set before loss.kind was chosen, in a base or by a study for all entries, may be for
-        another loss, and is accepted.
-        """
-        from tetdist.losses import LOSSES
-
-        keys = [key_of(override) for override in self.overrides]
-        later = keys[keys.index("loss.kind") :] if "loss.kind" in keys else keys
-        read = {
-            name.rstrip("_") for loss in config.losses() for name in LOSSES[loss.kind].arguments
-        }
-        for key in ("lambda", "phi", "label_smoothing"):
-            place = self.origins.get(f"loss.{key}")
-            is_typed = place == COMMAND_LINE and not {"loss", f"loss.{key}"}.isdisjoint(later)
-            is_meant = is_typed or place == self.source == self.origins.get("loss.kind")
-            if is_meant and key not in read and config.loss.kind not in names.LOSSES:
-                raise WrongValue(
-                    f"loss.{key}",
-                    f"has no effect: the function of loss.kind={config.loss.kind} has no such "
-                    "parameter; remove the key, or add the parameter",
-                )
 
 
 def find(name: str, folder: Path = Path(), source: str = "") -> Path:

@@ -29,15 +29,11 @@ _ELSEWHERE = {
     "warmup": "set phases.0.warmup_epochs",
 }
 
-_MESSAGES = {
-    "greater_than": "must be above {gt}",
-    "greater_than_equal": "must be {ge} or more",
-    "less_than": "must be below {lt}",
-    "less_than_equal": "must be {le} or less",
-    "dict_type": "must hold keys and values, such as {{key: value}}",
+# Pydantic's words for the other types are clear.
+_TYPES = {
+    "dict_type": "must hold keys and values, such as {key: value}",
     "string_type": "must be text, in quotes",
-    "bool_type": "must be true or false",
-    "literal_error": "must be {expected}",
+    "tuple_type": "must be a list, in brackets",
 }
 
 
@@ -81,120 +77,81 @@ def refusing(
     try:
         yield
     except pydantic.ValidationError as error:
-        mistakes = [_located(mistake, place) for mistake in error.errors()]
+        mistakes = [_mistake(section, details, place) for details in error.errors()]
     except WrongValue as error:
-        mistakes = [_contradiction(error, place)]
+        mistakes = [WrongValue(".".join([*place, error.key]), error.text)]
     else:
         return
-    problems_by_origin: dict[str, list[str]] = {}
-    bases = {file for file in (origins or {}).values() if file.endswith(".yaml")} - {source}
-    hint = ""
+    texts_by_origin: dict[str, list[str]] = {}
     for mistake in mistakes:
-        # Errors of a list or mapping around a mistake say nothing more.
-        if any(
-            _is_in(other["loc"], mistake["loc"]) and other["loc"] != mistake["loc"]
-            for other in mistakes
-        ):
+        # The error of a mapping around a mistake says nothing more.
+        if any(other.key.startswith(f"{mistake.key}.") for other in mistakes):
             continue
-        override = _override_of(mistake, overrides)
-        problem = _explain(section, mistake, override)
-        if mistake["type"] == "missing" and mistake["loc"][0] == "phases" and bases:
-            hint = " (a list replaces the base's; to change some keys, write phases: {0: ...})"
-        origin = override or (origins or {}).get(".".join(mistake["loc"])) or source
-        if override is not None and problem.startswith((f"{override} ", f"{override}: ")):
-            problems_by_origin[problem] = []  # it names the override itself
-        else:
-            problems_by_origin.setdefault(origin, []).append(problem)
-    raise UserError(
-        "; ".join(
-            ": ".join([origin, *filter(None, ["; ".join(dict.fromkeys(problems))])])
-            for origin, problems in problems_by_origin.items()
-        )
-        + hint
-    )
+        override, text = _override_of(mistake, overrides), str(mistake)
+        if override and key_of(override) == mistake.key:
+            # The override is named before the text, with its value.
+            value = re.escape(override.partition("=")[2])
+            text = re.sub(rf"^{value} |, not '?{value}'?$", "", mistake.text)
+            if not value and text.endswith("not None"):
+                text = "has no value; give one, or leave it out"
+        origin = override or (origins or {}).get(mistake.key) or source
+        texts_by_origin.setdefault(origin, []).append(text)
+    parts = (f"{origin}: {'; '.join(texts)}" for origin, texts in texts_by_origin.items())
+    raise UserError("; ".join(parts))
 
 
-def _located(error: Any, place: Sequence[str]) -> Any:
-    """Return one of pydantic's errors with the location of the key that is wrong."""
-    # If a key takes values of two types, pydantic adds the type after the key.
-    parts = map(str, error["loc"])
-    location = (*place, *(part for part in parts if not re.search(r"\[|Section$", part)))
-    cause = error.get("ctx", {}).get("error")
-    if isinstance(cause, WrongValue):
-        return _contradiction(cause, location)
-    return error | {"loc": location} | ({"msg": str(cause)} if cause else {})
-
-
-def _contradiction(error: WrongValue, place: Sequence[str]) -> dict[str, Any]:
-    location = (*place, *error.key.split("."))
-    return {"type": "contradiction", "loc": location, "msg": error.text, "input": None}
-
-
-def _is_in(inner: Sequence[str], outer: Sequence[str]) -> bool:
-    return len(outer) > 0 and inner[: len(outer)] == outer
-
-
-def _override_of(error: Any, overrides: Sequence[str]) -> str | None:
+def _override_of(mistake: WrongValue, overrides: Sequence[str]) -> str | None:
     """Return the override that holds a mistake; None if it is in the file."""
-    location = error["loc"]
     for override in reversed(overrides):
-        key = tuple(key_of(override).split("."))
-        if _is_in(key, location) or _is_in(location, key):
+        inner, outer = sorted((f"{key_of(override)}.", f"{mistake.key}."), key=len, reverse=True)
+        if inner.startswith(outer):
             return override
     # A contradiction may be due to the other key that its text names.
-    words = re.findall(r"[\w.]+", error["msg"]) if error["type"] == "contradiction" else []
+    words = re.findall(r"[\w.]+", mistake.text)
     return next((override for override in overrides if key_of(override) in words), None)
 
 
-def _explain(root: type[BaseModel], error: Any, override: str | None) -> str:
-    """Return one of pydantic's errors as a part of a sentence."""
-    location, dotted, value = error["loc"], ".".join(error["loc"]), error["input"]
-    # The override is named before the problem, with its key and value.
-    is_named = override is not None and key_of(override) == dotted
-    match error["type"]:
-        case "contradiction":
-            return str(WrongValue(str(override) if is_named else dotted, error["msg"]))
+def _mistake(root: type[BaseModel], details: Any, place: Sequence[str]) -> WrongValue:
+    """Turn one of pydantic's errors into that of the key, with its value and what it must be."""
+    # If a key takes values of two types, pydantic adds the type after the key.
+    parts = map(str, details["loc"])
+    location = [*place, *(part for part in parts if not re.search(r"\[|Section$", part))]
+    key, value, cause = ".".join(location), details["input"], details.get("ctx", {}).get("error")
+    if isinstance(cause, WrongValue):
+        return WrongValue(".".join([*location, cause.key]), cause.text)
+    match details["type"]:
         case "extra_forbidden":
-            key = "unknown key" if is_named else f"unknown key {dotted!r}"
-            if nested := location[-1].count("."):
-                if "overrides" in keys_of(section_at(root, location[:-1]) or root):  # of a study
-                    return f"{key}; write it in overrides: {{{location[-1]}: {json.dumps(value)}}}"
-                written = f"{location[-1].replace('.', ': {')}: {json.dumps(value)}{'}' * nested}"
-                return f"{key}; in a file write `{written}`; dotted keys are for the command line"
-            # Below an unknown section, the last word may be right at another place.
-            whole = key_of(override).split(".") if override else []
-            hint = nearest(root, max([*location], whole, key=len))
-            if isinstance(value, str):  # such as neuron=plif
-                hint = re.sub(r"\.(neuron|optimizer)'", r".\1.kind'", hint)
-            return f"{key}; {nearest(root, location) if hint.startswith('known') else hint}"
+            return WrongValue(key, f"unknown key; {_right_key(root, location, value)}")
         case "missing":
-            return f"{dotted!r} is missing"
+            hint = " (a list replaces the base's; to change some keys, write phases: {0: ...})"
+            return WrongValue(key, f"is missing{hint if key.startswith('phases.') else ''}")
         case "model_type" if (section := section_at(root, location)) is not None:
             keys = keys_of(section)
-            known = f"{dotted!r} holds keys ({', '.join(keys)}), not the value {value!r}"
             usual = ["root" if "/" in str(value) else "kind", "kind", keys[0]]
-            return f"{known}; set {dotted}.{next(k for k in usual if k in keys)}, for instance"
-        case "tuple_type" | "list_type" if dotted == "phases":
-            return f"{dotted!r} is a list; set a phase's keys, such as {dotted}.0.epochs"
-    if is_named and value is None:
-        return f"{override} has no value; give one, or leave it out"
-    message = error["msg"][0].lower() + error["msg"][1:]
-    if (text := _MESSAGES.get(error["type"])) is not None:
-        context = error.get("ctx", {}).items()
-        values = {k: f"{v:g}" if isinstance(v, float) else v for k, v in context}
-        message = text.format(**values)
-    elif error["type"] in ("int_type", "float_type", "tuple_type"):
-        documented = documented_keys(root).get(re.sub(r"\.\d+\.", ".N.", dotted))
-        takes = documented.takes if documented else "number"
-        message = f"must be {'an' if takes.startswith('integer') else 'a'} {takes}"
-        if documented and error["type"] == "tuple_type":
-            example = f"such as [{json.dumps(value or 0)}]"  # right for a list of any length
-            shown = documented.default if "," in documented.default else example
-            message += f", in brackets ({shown})"
-    if is_named:
-        return f"{override} {message}" if message.startswith("must") else message
+            example = f"set {key}.{next(k for k in usual if k in keys)}, for instance"
+            return WrongValue(key, f"must hold keys ({', '.join(keys)}), not {value!r}; {example}")
+    text = str(cause or details["msg"].replace("Input should", "must"))
     shown = "" if isinstance(value, dict) else f", not {value!r}"
-    return f"{dotted!r}: {message}{shown}"
+    return WrongValue(key, f"{_TYPES.get(details['type'], text)}{shown}")
+
+
+def _right_key(root: type[BaseModel], location: Sequence[str], value: Any) -> str:
+    """Suggest a key in place of an unknown one."""
+    *place, last = location
+    if nested := last.count("."):
+        if "overrides" in keys_of(section_at(root, place) or root):  # of a study
+            return f"write it in overrides: {{{last}: {json.dumps(value)}}}"
+        written = f"{last.replace('.', ': {')}: {json.dumps(value)}{'}' * nested}"
+        return f"in a file write `{written}`; dotted keys are for the command line"
+    # Below an unknown section, the last word may be right at another place.
+    whole = [*location]
+    while isinstance(value, dict) and len(value) == 1:
+        (word, value), *_ = value.items()
+        whole.append(word)
+    if (hint := nearest(root, whole)).startswith("known"):
+        hint = nearest(root, location)
+    # Such as neuron=plif.
+    return re.sub(r"\.(neuron|optimizer)'", r".\1.kind'", hint) if isinstance(value, str) else hint
 
 
 def nearest(root: type[BaseModel], location: Sequence[str]) -> str:
@@ -208,7 +165,7 @@ def nearest(root: type[BaseModel], location: Sequence[str]) -> str:
     # The right word at a wrong place, or else a misspelt word.
     places = (_place_of(last, key) for key in keys)
     elsewhere = list(dict.fromkeys(filter(None, places)))
-    in_place = [key for key in elsewhere if key.split(".")[0] in place]
+    in_place = [key for key in elsewhere if not {*place}.isdisjoint(key.split("."))]
     alike = filter(None, [wording.nearest(".".join([*place, last]), elsewhere, 0.8)])
     elsewhere = in_place or [*alike] or elsewhere
     if elsewhere:

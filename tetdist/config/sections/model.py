@@ -4,7 +4,6 @@ import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
-from functools import cache
 from typing import TYPE_CHECKING, Annotated, Any, Self
 
 import pydantic
@@ -25,11 +24,7 @@ if TYPE_CHECKING:
 
 def neuron_keys() -> type[Section]:
     """Return a section with the keys of all kinds of neurons, and values of any type."""
-    return _with_keys(*(one.name for cls in NEURONS.values() for one in fields(cls)), "kind")
-
-
-@cache
-def _with_keys(*names: str) -> type[Section]:
+    names = [*(one.name for cls in NEURONS.values() for one in fields(cls)), "kind"]
     keys: Any = dict.fromkeys(names, (Any, None))
     section: type[Section] = pydantic.create_model("NeuronSection", __base__=Section, **keys)
     return section
