@@ -1,7 +1,7 @@
 """Numbers with units in plain English ("2 images", "2 h 44 min"), and what a word may mean."""
 
 import difflib
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
 
@@ -60,11 +60,17 @@ def nearest(word: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
     return next(iter(difflib.get_close_matches(word, known, 1, cutoff)), None)
 
 
-def meant(word: str, known: Collection[str], otherwise: str | None = None) -> str:
-    """Return "did you mean X?" for the nearest known word; without one ``otherwise``, or all."""
+def meant(
+    word: str,
+    known: Collection[str],
+    otherwise: str | None = None,
+    shown: Mapping[str, object] | None = None,
+) -> str:
+    """Return "did you mean X?" for the nearest known word, or for what is ``shown`` in its place;
+    without one ``otherwise``, or all."""
     names = {name.lower(): name for name in known}
     if (near := nearest(word.lower(), names)) is not None:
-        return f"did you mean {names[near]}?"
+        return f"did you mean {(shown or {}).get(names[near], names[near])}?"
     return f"there are {', '.join(known) or 'none'}" if otherwise is None else otherwise
 
 
@@ -73,6 +79,5 @@ def meant_path(path: Path, otherwise: str, pattern: str = "*") -> str:
     if path.is_file():
         unpack = "unpack it, or " * path.name.endswith((".gz", ".tar", ".tgz", ".zip"))
         return f"this is a file; {unpack}give a folder"
-    siblings = [] if path.exists() else [one.name for one in path.parent.glob(pattern)]
-    near = nearest(path.name, siblings)
-    return otherwise if near is None else f"did you mean {path.with_name(near)}?"
+    siblings = {} if path.exists() else {one.name: one for one in path.parent.glob(pattern)}
+    return meant(path.name, siblings, otherwise, siblings)

@@ -1,4 +1,4 @@
-"""Arguments shared by several commands, and upper limits of some settings.
+"""Parsers and arguments shared by several commands, and upper limits of some settings.
 
 A value above such a limit is a typing error that would fill the memory or end the process.
 """
@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable
 from typing import Any, NoReturn
 
-from tetdist.wording import meant, nearest
+from tetdist.wording import meant
 
 MOST_TIMESTEPS = 10_000
 MOST_PIXELS = 8192  # height or width
@@ -49,8 +49,7 @@ class Parser(argparse.ArgumentParser):
         words = [option[2:] for option in options if option.startswith("--")]
         word = flag.lstrip("-")
         begun = (known for known in words if known.startswith(word))
-        near = next(begun, None) or nearest(word, words)
-        return f"did you mean --{near}?" if near else ""
+        return meant(next(begun, word), words, "", {known: f"--{known}" for known in words})
 
 
 def add_import(parser: argparse.ArgumentParser) -> None:

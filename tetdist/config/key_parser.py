@@ -16,8 +16,8 @@ class KeyParser(Parser):
 
         words = flag.strip("-").replace("-", "_").split(".")
         is_key = any(words[-1] in key.split(".") for key in documented_keys())
-        if not is_key and (meant := super().meant(flag)):
-            return meant
+        if not is_key and (known := super().meant(flag)):
+            return known
         near = nearest(RunConfig, words).partition("known keys")[0].rstrip()
         near = re.sub(r"'([\w.]+)'", r"\1=VALUE", near) or "`train --explain` lists them"
         return f"keys of the configuration have no --; {near}"

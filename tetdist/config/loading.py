@@ -9,6 +9,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
+from tetdist.config import names
 from tetdist.config.checks import check, check_early
 from tetdist.config.inheritance import COMMAND_LINE, imports_of, overridden, read_layers
 from tetdist.config.messages import checked, refusing
@@ -16,12 +17,12 @@ from tetdist.config.overrides import apply_override, key_of, refuse_repeated
 from tetdist.config.schema import RunConfig
 from tetdist.config.sections.model import network_neuron, neuron_of
 from tetdist.config.yaml_files import read_yaml
-from tetdist.errors import UserError, typed
+from tetdist.errors import UserError, WrongValue, typed
 from tetdist.nn import neurons
 from tetdist.nn.neurons import NEURONS
 from tetdist.plugins import import_files
 from tetdist.storage.bundled import TETDIST
-from tetdist.wording import nearest
+from tetdist.wording import meant
 
 # MLflow's variable, the default of tracking.uri.
 TRACKING_VARIABLE = "MLFLOW_TRACKING_URI"
@@ -68,8 +69,8 @@ class Draft:
         """Turn errors about wrong values below a place into one that names their origin."""
         return refusing(RunConfig, self.source, self.overrides, self.origins, place)
 
-    def check_early(self) -> None:
-        """Refuse mistakes that show without the network, whose import takes seconds."""
+    def __post_init__(self) -> None:
+        # Refuse mistakes that show without the network, whose import takes seconds.
         with self.refusing():
             check_early(self.config, only_used=self.only_used)
         if kind := self.neuron_keys.get("kind"):
@@ -85,6 +86,8 @@ class Draft:
         config = self.config.model_copy(update={"model": model})
         with self.refusing():
             check(config, only_used=self.only_used)
+            if not self.only_used:
+                self._check_that_the_loss_reads_all(config)
         return config
 
     def _neuron_keys_of(self, kind: str) -> dict[str, Any]:
@@ -110,6 +113,30 @@ class Draft:
                 )
         return {key: value for key, value in self.neuron_keys.items() if key in own}
 
+    def _check_that_the_loss_reads_all(self, config: RunConfig) -> None:
+        """Refuse a key that the user's own loss function has no parameter for.
+
+        A key set before loss.kind was chosen, in a base or by a study for all entries, may be for
+        another loss, and is accepted.
+        """
+        from tetdist.losses import LOSSES
+
+        keys = [key_of(override) for override in self.overrides]
+        later = keys[keys.index("loss.kind") :] if "loss.kind" in keys else keys
+        read = {
+            name.rstrip("_") for loss in config.losses() for name in LOSSES[loss.kind].arguments
+        }
+        for key in ("lambda", "phi", "label_smoothing"):
+            place = self.origins.get(f"loss.{key}")
+            is_typed = place == COMMAND_LINE and not {"loss", f"loss.{key}"}.isdisjoint(later)
+            is_meant = is_typed or place == self.source == self.origins.get("loss.kind")
+            if is_meant and key not in read and config.loss.kind not in names.LOSSES:
+                raise WrongValue(
+                    f"loss.{key}",
+                    f"has no effect: the function of loss.kind={config.loss.kind} has no such "
+                    "parameter; remove the key, or add the parameter",
+                )
+
 
 def find(name: str, folder: Path = Path(), source: str = "") -> Path:
     """Find a file relative to ``folder``, or a name in configs/; errors begin with ``source``."""
@@ -119,8 +146,8 @@ def find(name: str, folder: Path = Path(), source: str = "") -> Path:
             return path
     known = {path.stem: path.stem for path in CONFIGS_DIR.glob("*.yaml")}
     known |= {path.stem: str(path) for path in (folder / name).parent.glob("*.yaml")}
-    near = nearest(Path(name.removeprefix(TETDIST)).stem, known)
-    hint = f"did you mean {known[near]}?" if near else f"`{typed('list')}` lists those"
+    those = f"`{typed('list')}` lists those"
+    hint = meant(Path(name.removeprefix(TETDIST)).stem, known, those, known)
     if (folder / name / "config.yaml").is_file():
         hint = f"did you mean {name}/config.yaml?"
     raise UserError(f"{source}no configuration {name!r}, neither as a file nor in configs/; {hint}")
@@ -162,18 +189,14 @@ def draft(name: str, overrides: Sequence[str] = (), imports: Sequence[str | Path
     source = next((one for one in overrides if one.startswith("imports")), path)
     raw["imports"] = [str(Path(file).absolute()) for file in [*imports_of(raw, source), *imports]]
     import_files(raw["imports"])
-    made = _draft(raw, str(path), overrides, origins)
-    _check_name(made.config)
-    return made
-
-
-def _check_name(config: RunConfig) -> None:
-    """Refuse the name of a run that a shell or Slurm would take for something else."""
+    config = checked(RunConfig, raw, str(path), overrides, origins)
+    # A shell or Slurm would take another name for something else.
     if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*", config.name):
         raise UserError(
             f"name: {config.name!r} must consist of letters (A to Z), digits and . _ -, and must "
             "not begin with . or -; choose another name=..."
         )
+    return Draft(config, str(path), overrides, origins)
 
 
 def data_command(file: str | Path) -> str:
@@ -211,18 +234,5 @@ def parse(
         UserError: It is not valid, or contradicts itself.
     """
     origins = {key_of(override): COMMAND_LINE for override in overrides}
-    return _draft(raw, source, overrides, origins, only_used=only_used).completed()
-
-
-def _draft(
-    raw: dict[str, Any],
-    source: str,
-    overrides: Sequence[str],
-    origins: Mapping[str, str],
-    *,
-    only_used: bool = False,
-) -> Draft:
     config = checked(RunConfig, raw, source, overrides, origins)
-    made = Draft(config, source, overrides, origins, only_used)
-    made.check_early()
-    return made
+    return Draft(config, source, overrides, origins, only_used).completed()

@@ -20,7 +20,7 @@ from tetdist.storage.files import is_held, parse_json, read_text
 from tetdist.tables import aligned, number
 from tetdist.tracking.metrics_file import from_end
 from tetdist.tracking.progress import held_out, slowest_rank
-from tetdist.wording import counted, duration, nearest, rate, speed_flag
+from tetdist.wording import counted, duration, meant, rate, speed_flag
 
 DAMAGED = "damaged"
 # Lines of a run's metrics that its speed is the median of.
@@ -96,9 +96,8 @@ def find_runs(names: Sequence[str]) -> list[Path]:
         if not runs:
             places = (Path(name).parent, Path("runs", name).parent)
             known = {run.name: run for place in places for run in _runs_at(place)}
-            near = nearest(Path(name).name, known)
             give = "give a run folder (with config.yaml), a folder of runs, or a name in runs/"
-            hint = f"did you mean {known[near]}?" if near else give
+            hint = meant(Path(name).name, known, give, known)
             is_empty = Path(name).is_dir() or Path("runs", name).is_dir()
             what = "no run has begun in" if is_empty else "there is no run"
             raise UserError(f"{what} {name}; {hint}")
