@@ -16,7 +16,7 @@ PARAMETERS = 20_000_000
 def make(name="sew34_t4.yaml", overrides=(), **cluster):
     section = ClusterSection(**({"nodes": 2, "gpus_per_node": 4} | cluster))
     config = configuration.load(name, list(overrides))
-    return plan.make(config, section, parameters=PARAMETERS, buffers=1000, **IMAGENET)
+    return plan.Plan(config, section, parameters=PARAMETERS, buffers=1000, **IMAGENET)
 
 
 def hours(made, speed):
@@ -137,7 +137,7 @@ def test_cpus_that_are_too_few_are_reported(given, expected):
 def test_run_that_begins_with_a_later_phase():
     later = ("start_phase=1", "init_checkpoint=weights.safetensors")
     made = make("spiking34_t4_t6.yaml", later)
-    assert (made.first_step, made.last_step) == (90 * 5004, 120 * 5004)
+    assert (made.phases[0].first_step, made.last_step) == (90 * 5004, 120 * 5004)
     assert (made.images, made.evaluations) == (30 * 5004 * 256, 30)
     text = plan.describe(made, None)
     assert "T = 6" in text

@@ -17,6 +17,7 @@ import tiny
 import yaml
 
 from tetdist.apps.cli.study import find
+from tetdist.apps.slurm.command import parse_arguments
 from tetdist.apps.slurm.jobs import State
 from tetdist.apps.studies import local, plan, slurm
 from tetdist.errors import UserError
@@ -360,7 +361,8 @@ def test_what_is_submitted_by_how_the_runs_are(write, tmp_path, monkeypatch, cap
     monkeypatch.setattr(slurm, "queued_runs", lambda _: queued)
     monkeypatch.setattr(slurm, "cancel", cancelled.append)
     monkeypatch.setattr(slurm, "send_all", lambda left, _: sent.extend(r.entry for r in left))
-    assert slurm.submit(runs, tmp_path / "out", ["--gpus-per-node", "0"]) == 0
+    options = parse_arguments(["--config", "none", "--gpus-per-node", "0"])
+    assert slurm.submit(runs, tmp_path / "out", options) == 0
     assert set(sent) == {"bad", "of_done", "of_bad", "of_of_bad", "of_waits"}
     assert sent.index("bad") < sent.index("of_bad") < sent.index("of_of_bad")
     assert cancelled == ["of_bad"]

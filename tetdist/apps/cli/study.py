@@ -97,8 +97,10 @@ def study(options: argparse.Namespace) -> int:
     if unknown := [one for one in options.only or () if one not in section.entries]:
         hint = meant(unknown[0], section.entries)
         raise UserError(f"--only: there is no entry {unknown[0]}; {hint}")
+    slurm_options = None
     if options.slurm is not None:
-        check_slurm(options.slurm, section.config)
+        slurm_options = parse_slurm(options.slurm, section.config)
+        options.overrides += slurm_options.overrides
     trains_here = options.slurm is None and not options.dry_run and not options.report_only
     # Runs that are finished need no data.
     needs_data = trains_here and not output.exists()
@@ -125,8 +127,8 @@ def study(options: argparse.Namespace) -> int:
         print(*lines, f"{len(left)} of {counted(len(chosen), 'run')} to train", sep="\n")
         plan.check_inputs(left)
         return 0
-    if options.slurm is not None:
-        return slurm.submit(chosen, output, options.slurm)
+    if slurm_options is not None:
+        return slurm.submit(chosen, output, slurm_options)
     failed: dict[str, str] = {}
     if not options.report_only:
         left = [run for run in chosen if run.next_command()]
@@ -147,8 +149,8 @@ def study(options: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
-def check_slurm(flags: list[str], config_name: str) -> None:
-    """Refuse wrong flags after --slurm, and a machine without Slurm, unless they ask for a plan."""
+def parse_slurm(flags: list[str], config_name: str) -> argparse.Namespace:
+    """Parse the flags after --slurm; a machine without Slurm takes those for a plan only."""
     from tetdist.apps.slurm import command, jobs
 
     own = ("--output", "--jobs", "--only", "--report-only")
@@ -165,6 +167,7 @@ def check_slurm(flags: list[str], config_name: str) -> None:
             )
     if not options.dry_run:
         jobs.check_here("leave out --slurm to train here, or add --dry-run to see the jobs")
+    return options
 
 
 def find(name: str) -> Path:

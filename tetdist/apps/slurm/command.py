@@ -4,7 +4,7 @@ import argparse
 import math
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tetdist import order
 from tetdist.apps.reports.run_status import find_runs, read_status
@@ -14,13 +14,9 @@ from tetdist.config import loading
 from tetdist.config.flags import Parser, add_import, positive
 from tetdist.config.key_parser import KeyParser
 from tetdist.config.schema import RunConfig
-from tetdist.config.yaml_files import read_yaml
 from tetdist.datasets.index import check_indexed
 from tetdist.errors import UserError, typed
 from tetdist.wording import meant
-
-if TYPE_CHECKING:
-    from tetdist.apps.slurm.submit import Prepared
 
 # Commands that take a run, with their descriptions.
 RUN_COMMANDS = {
@@ -59,6 +55,9 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     if command == "submit" and not options.dry_run and (options.images or options.print_config):
         flag = "images" if options.images else "print-config"
         parser.error(f"--{flag} needs --dry-run, with which nothing is submitted")
+    rate = options.images_per_s if command == "submit" else None
+    if rate is not None and not 0 < rate < math.inf:
+        parser.error(f"--images-per-s must be above 0, not {rate:g}")
     return options
 
 
@@ -157,62 +156,42 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def planned(options: argparse.Namespace) -> "Prepared":
-    """Check a submission, and return the run."""
-    rate = options.images_per_s
-    if rate is not None and not 0 < rate < math.inf:
-        raise UserError(f"--images-per-s must be above 0, not {rate:g}")
+def _submit(options: argparse.Namespace) -> None:
+    """Check a run, and submit it or print its plan."""
     draft = loading.draft(options.config, options.overrides, options.imports)
-    cluster = cluster_of(draft.config.cluster, options)
-    data = draft.config.data
-    if not options.dry_run:
+    cluster, batch = cluster_of(draft.config.cluster, options), draft.config.batch
+    if options.dry_run:
+        check_images(draft.config, options.images)
+    else:
         check_indexed(draft.config, draft.data_command)
-    elif data.kind == "events" and options.images is not None:
-        raise UserError("--images does not apply to recordings, whose index the plan reads")
-    elif options.images is None and not Path(data.root).is_dir():
-        raise UserError(
-            f"data.root: there is no folder {data.root}; set data.root=FOLDER, or give the plan "
-            "the number of training images: --images N (ImageNet: 1281167)"
-        )
-    _check_division(draft.config, cluster.processes, options.config)
+    order.rank_micro_batches(0, cluster.processes, batch.global_, batch.micro)
     if not options.dry_run:
         jobs.check_here("use --dry-run to see the job")
     config = draft.completed()
     # Imported after these checks, because torch takes seconds.
-    from tetdist.apps.slurm import submit
-
-    indexes = submit.assumed_indexes(config, options.images) if options.images else None
-    return submit.prepare(config, cluster, options.after, indexes)
-
-
-def _check_division(config: RunConfig, processes: int, name: str) -> None:
-    """Refuse a number of processes that cannot share a step, naming the recipe for so many."""
-    try:
-        order.rank_micro_batches(0, processes, config.batch.global_, config.batch.micro)
-    except UserError as error:
-        for file in sorted(loading.CONFIGS_DIR.glob("*.yaml")):
-            values = read_yaml(file)
-            batch = config.batch.model_dump() | values.get("batch", {})
-            fits = batch["global"] // batch["micro"] % processes == 0
-            if values.get("base") == f"{Path(name).stem}.yaml" and fits:
-                text = f"{error}; for {processes} processes there is the recipe {file.name}"
-                raise UserError(text) from error
-        raise
-
-
-def _submit(options: argparse.Namespace) -> None:
-    run = planned(options)
     from tetdist.apps.slurm import plan, submit
 
+    run = submit.prepare(config, cluster, options.after, options.images)
     if options.dry_run:  # the runs to wait for may not be submitted yet
-        print(submit.dry_run(run, options))
-    else:
-        needed = [one for name in options.after for one in find_runs([name])]
-        after = [one for one in needed if read_status(one).state != "finished"]
-        submit.refuse_if_finished(run)
-        submitted = submit.submit(run, after=after)
-        print(plan.describe(run.plan, options.images_per_s))
-        print(submit.summary(submitted, run.config))
+        print(submit.dry_run(run, options, options.after))
+        return
+    needed = [one for name in options.after for one in find_runs([name])]
+    after = [one for one in needed if read_status(one).state != "finished"]
+    submit.refuse_if_finished(run)
+    submitted = submit.submit(run, after=after)
+    print(plan.describe(run, options.images_per_s))
+    print(submit.summary(submitted, run.config))
+
+
+def check_images(config: RunConfig, images: int | None) -> None:
+    """Refuse a plan without data if it does not know their number."""
+    if config.data.kind == "events" and images is not None:
+        raise UserError("--images does not apply to recordings, whose index the plan reads")
+    if images is None and not Path(config.data.root).is_dir():
+        raise UserError(
+            f"data.root: there is no folder {config.data.root}; set data.root=FOLDER, or give the "
+            "plan the number of training images: --images N (ImageNet: 1281167)"
+        )
 
 
 def cluster_of(section: dict[str, Any], options: argparse.Namespace) -> ClusterSection:

@@ -13,7 +13,7 @@ from tetdist.apps.slurm.cluster import RESTART_MINUTES, ClusterSection
 from tetdist.config.schema import RunConfig
 from tetdist.errors import typed
 from tetdist.optimizers import kind_of
-from tetdist.training.schedule import schedule_phases
+from tetdist.training.schedule import Phase, schedule_phases
 from tetdist.wording import counted, duration
 
 # Loading an image of ImageNet at 224 pixels (docs/data.md): milliseconds of a core, mean bytes of
@@ -27,21 +27,26 @@ EVALUATION = 3.0
 
 @dataclass(frozen=True)
 class Plan:
-    """Work of a run, independent of the speed."""
+    """Work of a run, independent of the speed.
+
+    Raises:
+        UserError: The processes cannot share a step, or there are too few samples for one.
+    """
 
     config: RunConfig
     cluster: ClusterSection
-    steps_per_epoch: int
-    first_step: int  # not 0 if the run begins with a later phase
-    last_step: int
-    evaluations: int  # of the validation split, by weights and average
     train_images: int
     val_images: int
     pixels: int  # side of a sample
-    origin: str  # source of these sizes
     parameters: int
-    checkpoint_bytes: int  # of one checkpoint
-    sample_bytes: float | None  # mean size of a training sample's file; None if unknown
+    buffers: int  # size of the model's buffers
+    origin: str = "in the split"  # source of these sizes
+    sample_bytes: float | None = None  # mean size of a training sample's file; None if unknown
+
+    def __post_init__(self) -> None:
+        batch = self.config.batch
+        order.rank_micro_batches(0, self.cluster.processes, batch.global_, batch.micro)
+        order.steps_per_epoch(self.train_images, batch.global_)
 
     @property
     def micro_batches(self) -> int:
@@ -49,56 +54,44 @@ class Plan:
         return self.config.batch.global_ // self.config.batch.micro
 
     @property
+    def steps_per_epoch(self) -> int:
+        return order.steps_per_epoch(self.train_images, self.config.batch.global_)
+
+    @property
+    def phases(self) -> list[Phase]:
+        """Phases that the run trains, from ``start_phase`` on."""
+        config = self.config
+        phases = schedule_phases(config.phases, self.steps_per_epoch, config.batch.global_)
+        return phases[config.start_phase :]
+
+    @property
+    def last_step(self) -> int:
+        return min(self.phases[-1].end_step, self.config.max_steps or self.phases[-1].end_step)
+
+    @property
     def steps(self) -> int:
-        return self.last_step - self.first_step
+        return self.last_step - self.phases[0].first_step
 
     @property
     def images(self) -> int:
         return self.steps * self.config.batch.global_
 
-    def rate(self, images_per_s: float, timesteps: float) -> float:
-        """Return the rate at another T than the first phase's, from that at the first phase's."""
-        first = self.config.phases[self.config.start_phase]
-        return images_per_s * first.mean_timesteps / timesteps
+    @property
+    def copies(self) -> int:
+        """Copies of the weights that are saved and evaluated: their moving average is one."""
+        return 1 if self.config.ema.decay is None else 2
 
+    @property
+    def evaluations(self) -> int:
+        """Evaluations of the validation split, by weights and average."""
+        every = self.config.evaluate_every * self.steps_per_epoch
+        return self.copies * math.ceil(self.steps / every)
 
-def make(
-    config: RunConfig,
-    cluster: ClusterSection,
-    *,
-    train_images: int,
-    val_images: int,
-    pixels: int,
-    parameters: int,
-    buffers: int,
-    origin: str = "in the split",
-    sample_bytes: float | None = None,
-) -> Plan:
-    """Return the plan of a run; ``buffers`` is the size of the model's buffers."""
-    batch = config.batch
-    order.rank_micro_batches(0, cluster.processes, batch.global_, batch.micro)
-    per_epoch = order.steps_per_epoch(train_images, batch.global_)
-    phases = schedule_phases(config.phases, per_epoch, config.batch.global_)
-    last_step = min(phases[-1].end_step, config.max_steps or phases[-1].end_step)
-    first_step = phases[config.start_phase].first_step
-    every = config.evaluate_every * per_epoch
-    moments = max(kind_of(phase.optimizer.kind).moments for phase in phases)
-    copies = 1 if config.ema.decay is None else 2  # the weights, and their moving average
-    return Plan(
-        config=config,
-        cluster=cluster,
-        steps_per_epoch=per_epoch,
-        first_step=first_step,
-        last_step=last_step,
-        evaluations=copies * math.ceil((last_step - first_step) / every),
-        train_images=train_images,
-        val_images=val_images,
-        pixels=pixels,
-        origin=origin,
-        parameters=parameters,
-        checkpoint_bytes=4 * (parameters * (copies + moments) + copies * buffers),
-        sample_bytes=sample_bytes,
-    )
+    @property
+    def checkpoint_bytes(self) -> int:
+        """Size of one checkpoint."""
+        moments = max(kind_of(phase.optimizer.kind).moments for phase in self.phases)
+        return 4 * (self.parameters * (self.copies + moments) + self.copies * self.buffers)
 
 
 def seconds_of(plan: Plan, images_per_s: float) -> float:
@@ -107,15 +100,16 @@ def seconds_of(plan: Plan, images_per_s: float) -> float:
     Args:
         images_per_s: Training speed of one process at the first phase's T.
     """
-    total = 0.0
-    phases = schedule_phases(plan.config.phases, plan.steps_per_epoch, plan.config.batch.global_)
-    for phase in phases[plan.config.start_phase :]:
+    seconds = 0.0
+    for phase in plan.phases:
         steps = max(0, min(phase.end_step, plan.last_step) - phase.first_step)
         images = plan.evaluations * steps / plan.steps * plan.val_images / EVALUATION
         images += steps * plan.config.batch.global_
-        rate = plan.rate(images_per_s, phase.section.mean_timesteps)
-        total += images / plan.cluster.processes / rate
-    return total
+        # The rate at another T than the first phase's.
+        mean = phase.section.mean_timesteps
+        rate = images_per_s * plan.phases[0].section.mean_timesteps / mean
+        seconds += images / plan.cluster.processes / rate
+    return seconds
 
 
 # --- as text --------------------------------------------------------------------------------------
@@ -125,7 +119,7 @@ def describe(plan: Plan, images_per_s: float | None) -> str:
     """Return the plan as text; without a speed, with the command that measures it."""
     config, cluster, batch = plan.config, plan.cluster, plan.config.batch
     # The newest, and the best of the weights and of their moving average.
-    kept = config.save.keep_last + (1 if config.ema.decay is None else 2)
+    kept = config.save.keep_last + plan.copies
     phases = config.phases[config.start_phase :]
     timesteps = " then ".join(phase.timesteps_as_text for phase in phases)
     epochs = " + ".join(counted(phase.epochs, "epoch") for phase in phases)

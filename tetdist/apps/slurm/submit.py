@@ -6,7 +6,6 @@ import shutil
 import time
 from argparse import Namespace
 from collections.abc import Sequence
-from dataclasses import dataclass
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -41,25 +40,16 @@ from tetdist.training.run_folder import RunFolder, is_trained
 VALIDATION = 50_000 / 1_281_167
 
 
-@dataclass(frozen=True)
-class Prepared:
-    """Run that has passed all checks that are possible before submission."""
-
-    config: RunConfig
-    cluster: ClusterSection
-    plan: Plan
-
-
 def prepare(
     config: RunConfig,
     cluster: ClusterSection,
     after: Sequence[Path | str] = (),
-    data: tuple[Index, Index] | None = None,
-) -> Prepared:
+    images: int | None = None,
+) -> Plan:
     """Check configuration, data, model and the batch arithmetic, as the run itself will.
 
-    Checkpoints of the runs ``after`` need not exist yet. ``data`` are indexes of the training and
-    validation data, instead of the data's own.
+    Checkpoints of the runs ``after`` need not exist yet. ``images`` is the number of training
+    images of a plan without the data.
     """
     if not after:
         _check_inputs(config)
@@ -71,26 +61,26 @@ def prepare(
         hand_over(config.tracking_uri)
     # Make paths absolute: the job runs in another folder, and the run's folder records the paths.
     config = identity.with_absolute_paths(config, *identity.PATH_KEYS)
-    train_index, val_index = data or open_data(config, _world(cluster))
+    train_index, val_index = (
+        _assumed_indexes(config, images) if images else open_data(config, _world(cluster))
+    )
     model = make_model(config, train_index)
-    parameters = sum(p.numel() for p in model.parameters())
     sizes, frames = train_index.file_sizes, train_index.frames(config.data)
     assumed = "" if config.data.held_out else "; evaluations assume ImageNet's proportion"
-    made = plan.make(
+    return Plan(
         config,
         cluster,
         train_images=len(train_index),
         val_images=len(val_index),
         pixels=frames[2] if frames else config.data.image_size,
-        parameters=parameters,
+        parameters=sum(p.numel() for p in model.parameters()),
         buffers=sum(b.numel() for b in model.buffers()),
-        origin="in the split" if data is None else "as given, without reading the data" + assumed,
+        origin="as given, without reading the data" + assumed if images else "in the split",
         sample_bytes=float(sizes.mean()) if sizes.size else None,
     )
-    return Prepared(config, cluster, made)
 
 
-def assumed_indexes(config: RunConfig, images: int) -> tuple[Index, Index]:
+def _assumed_indexes(config: RunConfig, images: int) -> tuple[Index, Index]:
     """Return indexes of so many images of 1000 classes, without files, for a plan without the data;
     the validation split has the size of ImageNet's, in proportion."""
     held_out = round(config.data.held_out * images)
@@ -133,17 +123,17 @@ def absolute(config: RunConfig) -> RunConfig:
 # --- submission -----------------------------------------------------------------------------------
 
 
-def refuse_if_finished(run: Prepared) -> None:
+def refuse_if_finished(run: Plan) -> None:
     """Refuse a finished run, which would only wait in the queue."""
     if is_trained(run.config):
         folder = run.config.run_dir
         raise UserError(
-            f"{folder} is finished, at step {run.plan.last_step}; evaluate it with "
+            f"{folder} is finished, at step {run.last_step}; evaluate it with "
             f"`{typed('eval', folder)}`, or train a new run with another name=..."
         )
 
 
-def submit(run: Prepared, code: Path | None = None, after: Sequence[Path] = ()) -> Submission:
+def submit(run: Plan, code: Path | None = None, after: Sequence[Path] = ()) -> Submission:
     """Submit a run, and return the submission.
 
     ``code`` is a copy to run instead of a new one; the runs in the folders ``after`` must be
@@ -177,7 +167,7 @@ def submit(run: Prepared, code: Path | None = None, after: Sequence[Path] = ()) 
             code=job.code,
             log=job.log,
             cluster=run.cluster.model_dump(mode="json"),
-            last_step=run.plan.last_step,
+            last_step=run.last_step,
             time=round(time.time(), 3),
             after=[str(path.absolute()) for path in after],
         )
@@ -214,7 +204,7 @@ def copy_code(target: Path) -> Path:
     return target
 
 
-def _job(run: Prepared, folder: Path, code: Path) -> Job:
+def _job(run: Plan, folder: Path, code: Path) -> Job:
     """Write the job's configuration into the submission's folder, and return the job."""
     file = folder / "config.yaml"
     imported = plugins.keep(import_files(run.config.imports), folder / "imports")
@@ -275,14 +265,16 @@ def summary(submission: Submission, config: RunConfig) -> str:
     return "\n".join(lines)
 
 
-def dry_run(run: Prepared, options: Namespace, code: Path | None = None) -> str:
-    """Return plan, batch script and, if wanted, configuration as text; nothing is written."""
+def dry_run(
+    run: Plan, options: Namespace, after: Sequence[Path | str], code: Path | None = None
+) -> str:
+    """Return plan, batch script and, if asked for, configuration as text; nothing is written."""
     folder = history.slurm_folder(run.config.run_dir.absolute()) / "submission-N"
     # Placeholders: the jobs need not exist yet.
-    depends_on = [f"JOB_OF_{Path(name).name}" for name in options.after]
+    depends_on = [f"JOB_OF_{Path(name).name}" for name in after]
     values = batch.parameters(run.config.name, run.cluster, code or folder / "code", depends_on)
     config = absolute(run.config).as_dict() | {"cluster": run.cluster.model_dump(mode="json")}
-    parts = ["# --- plan", plan.describe(run.plan, options.images_per_s)]
+    parts = ["# --- plan", plan.describe(run, options.images_per_s)]
     parts += ["\n# --- batch script", batch.text(values, folder)]
     if options.print_config:
         parts += ["# --- configuration", yaml.safe_dump(config, sort_keys=False)]

@@ -2,6 +2,7 @@
 
 import math
 import shutil
+from argparse import Namespace
 from pathlib import Path
 
 from tetdist.apps.slurm import command, history
@@ -10,30 +11,30 @@ from tetdist.apps.slurm.cluster import ClusterSection
 from tetdist.apps.slurm.jobs import State, cancel, is_here, states_of
 from tetdist.apps.slurm.plan import seconds_of
 from tetdist.apps.studies.plan import StudyRun, check_inputs, is_trained
-from tetdist.config import loading as configuration
-from tetdist.config.schema import RunConfig
 from tetdist.errors import UserError, typed
 from tetdist.wording import counted, duration
 
 
-def submit(runs: list[StudyRun], output: Path, flags: list[str]) -> int:
-    """Submit the runs that are neither finished nor queued, each after those that it needs."""
-    if "--dry-run" in flags:
-        return dry_run(runs, output, flags)
+def submit(runs: list[StudyRun], output: Path, options: Namespace) -> int:
+    """Submit the runs that are neither finished nor queued, each after those that it needs.
+
+    ``options`` are those of the command slurm.
+    """
+    if options.dry_run:
+        return dry_run(runs, output, options)
     queued, stale = queued_runs(runs), list[str]()
-    left: dict[StudyRun, tuple[RunConfig, ClusterSection]] = {}
+    left: dict[StudyRun, ClusterSection] = {}
     for run in runs:
         job, state = queued.get(run, ("", None))
         # A pending job whose predecessor failed leaves the queue a moment later.
-        if state and state.name == "PENDING" and any(needed in left for needed in run.needs):
-            left[run] = job_of(run, flags)
-            stale.append(job)
-        elif state:
+        is_stale = state and state.name == "PENDING" and any(needed in left for needed in run.needs)
+        if state and not is_stale:
             print(f"{run.name}: {state.name} as job {job} ({state.text})")
-        elif is_trained(run):
+        elif not state and is_trained(run):
             print(f"{run.name}: finished")
         else:
-            left[run] = job_of(run, flags)
+            left[run] = command.cluster_of(run.config.cluster, options)
+            stale += [job] if is_stale else []
     check_inputs(list(left))
     for job in stale:
         cancel(job)
@@ -46,24 +47,24 @@ def submit(runs: list[StudyRun], output: Path, flags: list[str]) -> int:
     return 0
 
 
-def dry_run(runs: list[StudyRun], output: Path, flags: list[str]) -> int:
+def dry_run(runs: list[StudyRun], output: Path, options: Namespace) -> int:
     """Print the time of all unfinished runs, and the last one's plan and script, without Slurm."""
-    seconds, shown = list[float](), ""
+    seconds, shown, speed = list[float](), "", options.images_per_s
     code = history.slurm_folder(output.absolute()) / "submission-N" / "code"
     for run in runs:
         if is_trained(run):
             print(f"{run.name}: finished")
             continue
         after = [needed for needed in run.needs if not is_trained(needed)]
-        dependency = [word for needed in after for word in ("--after", str(needed.folder))]
-        options = command.parse_arguments([*run.arguments, *dependency, *flags])
-        prepared, speed = command.planned(options), options.images_per_s
-        seconds.append(math.nan if speed is None else seconds_of(prepared.plan, speed))
+        folders = [needed.folder for needed in after]
+        command.check_images(run.config, options.images)
+        cluster = command.cluster_of(run.config.cluster, options)
+        plan = submission.prepare(run.config, cluster, folders, options.images)
+        seconds.append(math.nan if speed is None else seconds_of(plan, speed))
         print(f"{run.name}: {_time(seconds[-1])}{_starts_after(after)}", flush=True)
-        shown = submission.dry_run(prepared, options, code)
+        shown = submission.dry_run(plan, options, folders, code)
     about = f". The last one's plan and script:\n{shown}" if shown else ""
-    is_given = any(flag.startswith("--images-per-s") for flag in flags)
-    same = ", at the given samples/s whatever the T of a run" * is_given
+    same = ", at the given samples/s whatever the T of a run" * (speed is not None)
     print(f"{counted(len(seconds), 'run')} to submit: {_time(sum(seconds))}{same}{about}")
     return 0
 
@@ -95,14 +96,7 @@ def refuse_if_queued(runs: list[StudyRun]) -> None:
             )
 
 
-def job_of(run: StudyRun, flags: list[str]) -> tuple[RunConfig, ClusterSection]:
-    """Return the configuration of the run and the cluster's settings."""
-    options = command.parse_arguments([*run.arguments, *flags])
-    config = configuration.load(options.config, options.overrides, options.imports)
-    return config, command.cluster_of(config.cluster, options)
-
-
-def send_all(left: dict[StudyRun, tuple[RunConfig, ClusterSection]], output: Path) -> None:
+def send_all(left: dict[StudyRun, ClusterSection], output: Path) -> None:
     """Submit the runs, each after those that it needs, all with one copy of the code.
 
     Raises:
@@ -112,11 +106,11 @@ def send_all(left: dict[StudyRun, tuple[RunConfig, ClusterSection]], output: Pat
     folder = history.next_submission(output)
     code = submission.copy_code(folder / "code")
     try:
-        for run, (config, cluster) in left.items():
+        for run, cluster in left.items():
             after = [needed for needed in run.needs if not is_trained(needed)]
             folders = [needed.folder for needed in after]
-            prepared = submission.prepare(config, cluster, folders)
-            submitted = submission.submit(prepared, code, folders)
+            plan = submission.prepare(run.config, cluster, folders)
+            submitted = submission.submit(plan, code, folders)
             done += 1
             print(f"{run.name}: submitted as job {submitted.job}{_starts_after(after)}", flush=True)
     except UserError as error:
