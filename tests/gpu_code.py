@@ -1,30 +1,35 @@
 """The machine code that the Triton kernels become on a GPU, read without a GPU.
 
-The kernels are called with tensors without contents, and each launch is noted instead of done;
-Triton compiles what was noted for a GPU of a given kind, and brings assembler and disassembler.
+Layers run on tensors without contents, and each launch is noted instead of done; Triton compiles
+what was noted for a GPU of a given kind, and brings assembler and disassembler.
 """
 
 import contextlib
 import subprocess
 import tempfile
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 from unittest import mock
 
+import pytest
 import torch
 import triton
+from kernel_runs import not_native
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from tetdist.nn.batch_norm import BatchNorm
-from tetdist.nn.fast import triton_kernels
-from tetdist.nn.fast.fused import Affine, Averages, Inputs, OutputGradients
-from tetdist.nn.fast.pooling import Pooled
+from tetdist.nn.fast import dispatch, triton_kernels
 from tetdist.nn.neurons import LIF, NeuronConfig
+from tetdist.nn.norm_neuron import Neuron, NormAdd, NormNeuron, carrying_membranes
+from tetdist.nn.norm_pool import NormPool
+from tetdist.nn.packed import MaxPool, Packed, halve, pack, with_packed
+from tetdist.nn.products import LinearAttention
 
 CAPABILITIES = (80, 90)  # A100, H100
 _TYPES = {
@@ -67,150 +72,111 @@ def noted() -> Iterator[list[Launch]]:
         yield launches
 
 
-@dataclass(frozen=True, kw_only=True)
-class Part:
-    """Part of a network in training; the defaults are of SEW-ResNet-34's first stage."""
-
-    dtype: torch.dtype = torch.bfloat16
-    timesteps: int = 4
-    rows: int = 32 * 56 * 56
-    channels: int = 64
-    neuron: NeuronConfig = field(default_factory=LIF)
-
-    @property
-    def wide(self) -> torch.dtype:
-        return torch.promote_types(self.dtype, torch.float32)
-
-    def learned(self) -> tuple[Tensor, ...]:
-        """Return the neurons' learnt values for the kernels."""
-        values = self.neuron.parameters(self.channels).items()
-        parameters = {name: value.to("meta", self.wide) for name, value in values}
-        return self.neuron.for_kernels(self.timesteps, **parameters)
+def launches(call: Callable[[], Tensor]) -> list[Launch]:
+    """Return the launches of a function's operations and of their backward pass."""
+    with FakeTensorMode(), not_native(), pytest.MonkeyPatch.context() as patch, noted() as launches:
+        patch.setattr(dispatch, "triton_for", lambda *_: triton_kernels)
+        result = call()
+        if result.requires_grad:
+            result.backward(torch.ones_like(result))
+    return launches
 
 
-@dataclass(frozen=True, kw_only=True)
-class Layer(Part):
-    """A layer of neurons behind a norm."""
-
-    shortcut: Literal["none", "plain", "normalized"] = "none"
-    identity: bool = False
-    carries: bool = False
-
-    def launches(self) -> list[Launch]:
-        """Return its kernel launches: the forward pass, then the backward pass."""
-
-        def empty(*shape: int, dtype: torch.dtype = self.dtype) -> Tensor:
-            return torch.empty(shape, dtype=dtype, device="meta")
-
-        one_step = (self.rows, self.channels)
-        all_steps = (self.timesteps, *one_step)
-        norm = BatchNorm(self.channels).to("meta", self.wide)
-        kernels = triton_kernels.NeuronKernels(
-            self.neuron, self.timesteps, carries=self.carries, packs=True
-        )
-        with noted() as launches:
-            x = empty(*all_steps)
-            starts = kernels.dynamics.carried
-            start = empty(starts, *one_step, dtype=self.wide) if self.carries else None
-            affine = kernels.normalization(norm, x)
-            shortcut = of_shortcut = None
-            if self.shortcut != "none":
-                shortcut = empty(*all_steps)
-            if self.shortcut == "normalized":
-                assert shortcut is not None
-                of_shortcut = kernels.normalization(norm, shortcut)
-            inputs = Inputs(x, shortcut, affine, of_shortcut, start, self.learned())
-            kernels.spikes(inputs, empty(*all_steps) if self.identity else None)
-            grads = OutputGradients(empty(*all_steps), start)
-            sums, _ = kernels.sums(inputs, grads)
-            own, other_hat = (sums.grad, sums.grad_xhat), sums.grad_shortcut_hat
-            of_other = None if other_hat is None else (sums.grad, other_hat)
-            kernels.gradients(inputs, grads, None, Averages(own, of_other), needs_x=True)
-        return launches
+def numbers(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    """Numbers (T, B, C, H, W), channels last in memory."""
+    *lead, channels, height, width = shape
+    return torch.empty(*lead, height, width, channels, dtype=dtype).movedim(-1, -3).requires_grad_()
 
 
-@dataclass(frozen=True, kw_only=True)
-class Stream(Part):
+def neurons(
+    neuron: NeuronConfig = LIF(),  # noqa: B008  # frozen
+    *,
+    timesteps: int = 4,
+    images: int = 32,
+    channels: int = 64,
+    side: int = 56,
+    full: bool = False,
+) -> list[Launch]:
+    """Neurons behind a norm, with a normalised shortcut, added spikes and membranes if ``full``.
+
+    The default sizes are those of SEW-ResNet-34's first stage.
+    """
+    shape = (images, channels, side, side)
+
+    def call() -> Tensor:
+        layer, norm = NormNeuron(channels, neuron), BatchNorm(channels)
+        added: tuple[Any, ...] = ()
+        if full:
+            spikes = numbers(timesteps, *shape)
+            added = (numbers(timesteps, *shape), with_packed(spikes, pack(spikes)), norm)
+        starts = [numbers(*shape, dtype=torch.float32)] if full else None
+        with carrying_membranes([layer] if full else [], starts) as ends:
+            spikes = layer(numbers(timesteps, *shape), timesteps, *added)
+            return sum((end.sum() for end in ends()), spikes.sum())
+
+    return launches(call)
+
+
+def stream(
+    *, timesteps: int = 4, images: int = 32, side: int = 56, normalized: bool = False
+) -> list[Launch]:
     """A norm, a shortcut that is added, and neurons without a norm: of membrane shortcuts."""
 
-    normalized: bool = False
+    def call() -> Tensor:
+        x, shortcut = (numbers(timesteps, images, 64, side, side) for _ in range(2))
+        norm = BatchNorm(64) if normalized else None
+        return Neuron(LIF(), 64)(NormAdd(64)(x, shortcut, norm)).sum()
 
-    def launches(self) -> list[Launch]:
-        """Return its kernel launches without statistics: forward, then backward."""
-        shape = (self.rows, self.channels)
-        x = torch.empty(self.timesteps, *shape, dtype=self.dtype, device="meta")
-        affine = Affine(*torch.empty(4, self.channels, dtype=self.wide, device="meta"))
-        of_shortcut = affine if self.normalized else None
-        norm = triton_kernels.NormKernels(self.timesteps)
-        kernels = triton_kernels.NeuronKernels(
-            self.neuron, self.timesteps, carries=False, packs=True
-        )
-        with noted() as launches:
-            stream = Inputs(x, x, affine, of_shortcut)
-            norm.add(stream)
-            inputs = Inputs(x, learned=self.learned())
-            kernels.spikes(inputs, None)
-            kernels.current_gradient(inputs, OutputGradients(x, None))
-            sums = norm.add_sums(stream, x)
-            norm.norm_gradient(x, x, affine, (sums.grad, sums.grad_xhat))
-        return launches
+    return launches(call)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Attention(Part):
-    """Attention and the neurons behind it; the defaults are of QKFormer's last stage."""
+def attention(
+    neuron: NeuronConfig = LIF(),  # noqa: B008  # frozen
+    *,
+    channels: int = 64,
+    values: int = 64,
+    timesteps: int = 4,
+    images: int = 32,
+    dtype: torch.dtype = torch.bfloat16,
+    carries: bool = False,
+) -> list[Launch]:
+    """Attention and the neurons behind it; by default of QKFormer's last stage.
 
-    channels: int = 64  # of a head, in queries and keys
-    values: int = 64
-    positions: int = 14 * 14
-    images: int = 32
-    carries: bool = False
+    Args:
+        channels: Of a head, in queries and keys; in values it has ``values``.
+    """
 
-    def launches(self) -> list[Launch]:
-        """Return its kernel launches: the forward pass, then the backward pass."""
-        q, v = (
-            torch.empty(self.timesteps, self.images, 6 * one, 1, self.positions, device="meta")
-            for one in (self.channels, self.values)
-        )
-        options = {"carries": self.carries, "packs": True}
-        q = q.to(self.dtype)
-        kernels = triton_kernels.AttentionKernels(self.neuron, q, v, 6, 0.125, **options)
-        assert kernels.serve()
-        q, v = (x.flatten(1, 3).to(torch.uint8) for x in (q, v))
-        start = torch.empty_like(v[0], dtype=self.wide) if self.carries else None
-        inputs = Inputs((q, q, v), start=start, learned=self.learned())
-        with noted() as launches:
-            spikes, _, _ = kernels.spikes(inputs, None)
-            kernels.current_gradient(inputs, OutputGradients(spikes, start))
-        return launches
+    def call() -> Tensor:
+        widths = (6 * channels, 6 * channels, 6 * values)
+        q, k, v = (numbers(timesteps, images, one, 14, 14, dtype=dtype) for one in widths)
+        layer = Neuron(neuron)
+        starts = [torch.empty_like(v[0], dtype=torch.float32)] if carries else None
+        with carrying_membranes([layer] if carries else [], starts) as ends:
+            inputs = (with_packed(x, pack(x)) for x in (q, k, v))
+            spikes = LinearAttention(6, 0.125).fired(*inputs, layer)
+            return sum((end.sum() for end in ends()), spikes.sum())
+
+    return launches(call)
 
 
 def pooling(images: int = 128) -> list[Launch]:
-    """Return the launches of max-pooling: behind a ResNet's stem, of a transformer's current."""
-    kernels = triton_kernels.Pool()
-    window = torch.nn.MaxPool2d(3, 2, 1)
-    spikes = torch.empty(images, 112, 112, 64, dtype=torch.uint8, device="meta")
-    spikes = spikes.permute(0, 3, 1, 2)
-    affine = Affine(*torch.empty(4, 64, device="meta"))
-    with noted() as launches:
-        kernels.forward_normalized(spikes.to(torch.bfloat16), affine, window)
-        pooled, _, where = kernels.forward(spikes, 1, torch.bfloat16, window)
-        kernels.backward(pooled, where, spikes.shape, window)
-        current = Pooled(spikes.to(torch.bfloat16), affine, where, window)
-        norm = triton_kernels.NormKernels(1)
-        sums, grad = kernels.sums(norm, current, pooled)
-        kernels.gradient(norm, current, grad, sums[:2])
-    return launches
+    """Max-pooling: of spikes, and of a current behind its norm."""
+
+    def spikes() -> Tensor:
+        x = numbers(1, images, 64, 112, 112)
+        return MaxPool(3, 2, 1)(with_packed(x, pack(x)))
+
+    return launches(spikes) + launches(lambda: NormPool(64)(numbers(1, images, 64, 112, 112)))
 
 
 def packing(images: int = 128) -> list[Launch]:
-    """Return the launches that unpack bytes, pack numbers, and unpack halves of bytes."""
-    values = torch.empty(images, 56, 56, 64, dtype=torch.uint8, device="meta")
-    with noted() as launches:
-        triton_kernels.unpack(values, 4, torch.bfloat16)
-        halves = triton_kernels.halve(values)
-        triton_kernels.unpack_halves(halves, values.shape, values.stride(), 1, torch.bfloat16)
-    return launches
+    """What unpacks bytes, packs them in halves, and unpacks halves."""
+
+    def call() -> Tensor:
+        packed = Packed(numbers(images, 64, 56, 56).to(torch.uint8), 4)
+        return packed.unpack(torch.bfloat16) + halve(packed).numbers(torch.bfloat16)
+
+    return launches(call)
 
 
 def compiled(launch: Launch, capability: int) -> tuple[str, str]:

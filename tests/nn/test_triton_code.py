@@ -12,7 +12,7 @@ from tetdist.nn.parallel_neurons import PSN
 needs_triton()
 
 import gpu_code  # noqa: E402  # needs Triton
-from gpu_code import CAPABILITIES, Attention, Layer, Stream  # noqa: E402  # needs Triton
+from gpu_code import CAPABILITIES, attention, neurons, stream  # noqa: E402  # needs Triton
 
 from tetdist.nn.fast import triton_kernels  # noqa: E402  # needs Triton
 
@@ -22,34 +22,29 @@ NEWEST = CAPABILITIES[-1]
 UNWANTED = re.compile(r"\bCALL\.[^;]*\$|\bFFMA\b|\bLDL\b|\bSTL\b")
 
 
-def check(launches, capability, fuses=()):
+def check(launches, capability, *, fuses=False):
     """See that nothing is called, spilt, or summed in a random order; each kernel is seen once.
 
-    Kernels named in ``fuses`` may make a product and a sum in one.
+    Through a matrix of weights gradients are sums of products, which ``fuses`` allows in one.
     """
     for launch in {launch.name: launch for launch in launches}.values():
         intermediate, code = gpu_code.compiled(launch, capability)
         assert "atomic" not in intermediate, launch.name
         assert "EXIT" in code  # so its instructions have these names
-        allowed = {"FFMA"} if launch.name in fuses else set()
+        allowed = {"FFMA"} if fuses and launch.name in ("backward_sums", "backward") else set()
         assert set(UNWANTED.findall(code)) <= allowed, launch.name
 
 
-LARGE = {"timesteps": 16, "rows": 256 * 112 * 112}  # 1.53 * 2^31 numbers
-FULL = {"shortcut": "normalized", "identity": True, "carries": True}
+LARGE = {"timesteps": 16, "images": 256, "side": 112}  # 1.53 * 2^31 numbers
 
 
 def test_no_offset_in_a_large_tensor_overflows(monkeypatch):
     """Sizes have 32 bits if they fit, and a tensor may have more than 2^31 values."""
     monkeypatch.setattr(triton_kernels, "PROGRAMS", dict.fromkeys(triton_kernels.PROGRAMS, 2**30))
     launches = [*gpu_code.pooling(4096), *gpu_code.packing(16384)]
-    for part in (
-        Layer(**LARGE, **FULL),
-        Layer(**LARGE, neuron=PSN(timesteps=16)),
-        Stream(**LARGE, normalized=True),
-        Attention(timesteps=8, images=4096, carries=True),
-    ):
-        launches += part.launches()
+    launches += neurons(full=True, **LARGE) + neurons(PSN(timesteps=16), **LARGE)
+    launches += stream(normalized=True, **LARGE)
+    launches += attention(timesteps=8, images=4096, carries=True)
     large = [one for one in launches if max(x.numel() for x in one.tensors) > 2**31]
     names = ("statistics", "fire", "backward_sums", "backward", "add", "add_sums", "norm_gradient")
     names += ("forward_normalized", "forward", "attend", "current_gradient", "gradients")
@@ -58,34 +53,32 @@ def test_no_offset_in_a_large_tensor_overflows(monkeypatch):
         assert_addresses_exist(launch)
 
 
+# The last two need the most registers.
 PARTS = {
-    "plain": Layer(),
-    "full": Layer(**FULL),
-    "parallel": Layer(neuron=PSN(timesteps=4)),
-    "stream": Stream(),
-    "attention": Attention(),
-}
-# Those that need the most registers.
-LARGEST = {
-    "most timesteps": Layer(timesteps=16, neuron=PSN(timesteps=16), identity=True),
-    "most values": Attention(
-        neuron=NILIF(most_spikes=8), channels=24, values=96, carries=True, dtype=torch.float16
+    "plain": neurons,
+    "stream": stream,
+    "most timesteps": lambda: neurons(PSN(timesteps=16), timesteps=16),
+    "most values": lambda: attention(
+        NILIF(most_spikes=8), channels=24, values=96, carries=True, dtype=torch.float16
     ),
 }
-CASES = [pytest.param(LARGEST[name], NEWEST, id=name) for name in LARGEST]
-CASES += [pytest.param(PARTS[name], NEWEST, id=name) for name in ("plain", "stream")]
+MORE = {
+    "full": lambda: neurons(full=True),
+    "parallel": lambda: neurons(PSN(timesteps=4)),
+    "attention": attention,
+}
+CASES = [pytest.param(name, NEWEST, id=name) for name in PARTS]
 CASES += [
-    pytest.param(part, capability, id=f"{name} {capability}", marks=pytest.mark.long)
-    for name, part in (PARTS | LARGEST).items()
+    pytest.param(name, capability, id=f"{name} {capability}", marks=pytest.mark.long)
+    for name in PARTS | MORE
     for capability in CAPABILITIES
 ]
 
 
-@pytest.mark.parametrize(("part", "capability"), CASES)
-def test_nothing_spills_and_no_order_is_random(part, capability):
-    # Through a matrix of weights, gradients are sums of products.
-    fuses = ("backward_sums", "backward") if isinstance(part.neuron, PSN) else ()
-    check(part.launches(), capability, fuses)
+@pytest.mark.parametrize(("name", "capability"), CASES)
+def test_nothing_spills_and_no_order_is_random(name, capability):
+    launches = (PARTS | MORE)[name]()
+    check(launches, capability, fuses=name in ("parallel", "most timesteps"))
 
 
 @pytest.mark.long
@@ -96,9 +89,9 @@ def test_nothing_of_pooling_and_packing_spills(capability):
 
 def test_one_compilation_serves_all_layers():
     """Triton compiles anew for other constants, and for a number that is 1 or divides by 16."""
-    layers = [Layer(rows=rows, channels=channels) for rows, channels in ((100, 64), (1, 128))]
-    for first, other in zip(*(layer.launches() for layer in layers), strict=True):
+    usual = neurons()
+    for first, other in zip(usual, neurons(channels=128, side=1), strict=True):
         assert first.known == other.known, first.name
-    for launch in layers[0].launches() + Stream().launches() + Attention().launches():
+    for launch in usual + stream() + attention():
         for parameter, value in zip(launch.kernel.params, launch.arguments, strict=False):
             assert parameter.do_not_specialize or not isinstance(value, int), launch.name
