@@ -143,16 +143,20 @@ def test_missing_memory_is_reported(monkeypatch):
 
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
 def test_a_gpus_graph_places_windows_by_the_same_rules(interpolation):
-    """On a CPU, where DALI has the same operations; only the resizing is not to the bit."""
+    """On a CPU, where DALI has the same operations; only the resizing is not to the bit.
+
+    Noise is averaged as it shrinks: without antialiasing, it would differ by 90 or more.
+    """
     rng = np.random.default_rng(0)
     output = Output(size=16, mean=(0, 0, 0), std=(1, 1, 1), interpolation=interpolation)
     smooth = np.linspace(0, 255, 24 * 20 * 3).reshape(24, 20, 3).astype(np.uint8)
     windows = [smooth] + [rng.integers(0, 256, (24, 20, 3), np.uint8) for _ in range(4)]
+    windows.append(rng.integers(0, 256, (40, 36, 3), np.uint8))
     edits = Edits(
-        window=np.zeros((5, 4), np.int32),
-        size=np.array([[16, 16], [24, 20], [24, 20], [24, 20], [24, 20]], np.int32),
-        corner=np.array([[0, 0], [-3, -2], [4, 5], [-9, 3], [2, -4]], np.int32),
-        mirror=np.array([False, True, False, True, True]),
+        window=np.zeros((6, 4), np.int32),
+        size=np.array([[16, 16], *[[24, 20]] * 4, [16, 16]], np.int32),
+        corner=np.array([[0, 0], [-3, -2], [4, 5], [-9, 3], [2, -4], [0, 0]], np.int32),
+        mirror=np.array([False, True, False, True, True, False]),
     )
 
     def source():
@@ -160,7 +164,7 @@ def test_a_gpus_graph_places_windows_by_the_same_rules(interpolation):
         return windows, edits.size.astype(np.float32), start, mirror
 
     module = import_dali()
-    pipeline = module.Pipeline(batch_size=5, num_threads=1, device_id=None, exec_dynamic=True)
+    pipeline = module.Pipeline(batch_size=6, num_threads=1, device_id=None, exec_dynamic=True)
     with pipeline:
         images, *rest = module.fn.external_source(source, num_outputs=4, batch=True)
         images = module.fn.reshape(images, layout="HWC")
@@ -171,7 +175,7 @@ def test_a_gpus_graph_places_windows_by_the_same_rules(interpolation):
         expected = edited(torch.from_numpy(window), edits, k, output).numpy()
         difference = np.abs(np.array(placed[k]).astype(int) - expected.astype(int))
         assert placed[k].shape() == [16, 16, 3]
-        assert difference.max() <= (2 if k == 0 else 0)
+        assert difference.max() <= {0: 2, 5: 16}.get(k, 0)
 
 
 def test_threads_ask_nothing_of_another_gpu(monkeypatch):

@@ -58,9 +58,11 @@ def test_no_cpu_by_mistake(wanted, smi, variables, words, tmp_path, monkeypatch)
 def test_no_two_processes_take_one_gpu(monkeypatch):
     monkeypatch.delenv("DS_ACCELERATOR", raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
+    current = []
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert choose_device("auto", 1) == torch.device("cuda", 1)
+    # NCCL, Triton and "cuda" without a number take the current one.
+    assert [choose_device("auto", 1)] == current == [torch.device("cuda", 1)]
     with pytest.raises(UserError, match="local rank 2 has no GPU of its own: torch sees 2"):
         choose_device("auto", 2)
     # Each process may see its own GPU as number 0, or all the same one, which only all together can
