@@ -15,7 +15,7 @@ TORCH = https://download.pytorch.org/whl/$(if $(filter cpu,$(DALI)),cpu,cu126)
 RUN := runs/quickstart
 
 .DEFAULT_GOAL := help
-.PHONY: help venv quickstart test test-quick test-long test-slurm test-gpu compare docs lint constraints format clean
+.PHONY: help venv quickstart test test-quick test-long test-slurm test-triton test-gpu compare docs lint constraints format clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -109,6 +109,17 @@ test-long: $(VENV)/.tests ## run the tests that take longer
 
 test-slurm: $(VENV)/.tests ## run the longer tests on a Slurm cluster, which they start
 	@$(BIN)/python -m pytest -m long -n $(WORKERS) tests/slurm $(PYTEST_FLAGS)
+
+# Those of torch 2.7 to 2.13, and the newest.
+TRITONS ?= 3.3.1 3.4.0 3.5.1 3.6.0 3.7.1 3.9.0
+test-triton: $(VENV)/.tests ## compile the GPU's kernels with several versions of Triton (4 GB)
+	@for version in $(TRITONS); do \
+	  folder=$(VENV)/triton/$$version; \
+	  [ -d $$folder ] || $(BIN)/python -m pip install --quiet --disable-pip-version-check \
+	    --no-deps --target $$folder triton==$$version || exit 1; \
+	  PYTHONPATH=$$folder $(BIN)/python tests/compile_kernels.py 2>$$folder.log || \
+	    { echo "error: what Triton $$version says is in $$folder.log" >&2; exit 1; }; \
+	done
 
 test-gpu: $(VENV)/.tests ## run the tests that need a GPU
 	@$(BIN)/python -m pytest -m gpu $(PYTEST_FLAGS)

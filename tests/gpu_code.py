@@ -179,11 +179,11 @@ def packing(images: int = 128) -> list[Launch]:
     return launches(call)
 
 
-def compiled(launch: Launch, capability: int) -> tuple[str, str]:
+def compiled(launch: Launch, capability: int) -> dict[str, Any]:
     """Compile a kernel as it would be for this launch, for a GPU of a kind (80, 90).
 
     Returns:
-        Triton's own code of it, and its disassembled machine code.
+        Its code in each of Triton's languages, such as "ttir" and "cubin".
     """
     constants, attributes = dict(launch.known), {}
     options = {name: constants.pop(name) for name in ("num_warps", "enable_fp_fusion")}
@@ -199,11 +199,14 @@ def compiled(launch: Launch, capability: int) -> tuple[str, str]:
                 # torch allocates at multiples of more than that.
                 attributes[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(launch.kernel, signature=signature, constexprs=constants, attrs=attributes)
-    target = GPUTarget("cuda", capability, 32)
-    kernel = triton.compile(source, target=target, options=options)
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options).asm
+
+
+def disassembled(cubin: bytes) -> str:
+    """Return machine code as text."""
     disassembler = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(kernel.asm["cubin"])
+        file.write(cubin)
         file.flush()
         command = [disassembler, "-c", file.name]
-        return kernel.asm["ttir"], subprocess.check_output(command, text=True, timeout=60)
+        return subprocess.check_output(command, text=True, timeout=60)

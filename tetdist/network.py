@@ -99,17 +99,18 @@ def choose_kernels(world: World) -> None:
     If that happens on all processes, a warning is logged once and the run goes on, slower.
     """
 
-    def gather(reason: str | None) -> list[str | None]:
-        reasons = world.gather(reason)
-        missing = [rank for rank, one in enumerate(reasons) if one]
-        if missing and len(missing) < len(reasons):
-            raise UserError(
-                f"the kernels of normalisation and neurons work on {len(reasons) - len(missing)} "
-                f"of {len(reasons)} processes, but not on rank {', '.join(map(str, missing))} "
-                f"({reasons[missing[0]]}); install the same software on all hosts, or set "
-                "execution=reference, which needs no kernels and is slower"
-            )
-        return reasons
+    def gather(reasons: dispatch.Reasons) -> list[dispatch.Reasons]:
+        gathered = world.gather(reasons)
+        for family, name in dispatch.FAMILIES.items():
+            missing = [rank for rank, of_rank in enumerate(gathered) if family in of_rank]
+            if missing and len(missing) < len(gathered):
+                raise UserError(
+                    f"the kernels of {name} work on {len(gathered) - len(missing)} of "
+                    f"{len(gathered)} processes, but not on rank {', '.join(map(str, missing))} "
+                    f"({gathered[missing[0]][family]}); install the same software on all hosts, or "
+                    "set execution=reference, which needs no kernels and is slower"
+                )
+        return gathered
 
     dispatch.decide(world.device, gather)
 

@@ -20,6 +20,8 @@ from tetdist.nn.fast import triton_kernels  # noqa: E402  # needs Triton
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
+CPU = torch.device("cpu")
+
 
 def test_statistics_of_many_rows_do_not_cancel():
     x = (1000 + draw(0, 2, 5000, 3)).float()
@@ -99,52 +101,72 @@ def undecided(monkeypatch):
     monkeypatch.setattr(dispatch, "_uses_triton", {})
 
 
-@pytest.mark.usefixtures("undecided")
-@pytest.mark.parametrize("reasons", [["no Triton"], [None, "no Triton", None], [None, None]])
-def test_all_processes_use_triton_or_none_does(reasons, monkeypatch, caplog):
-    monkeypatch.setattr(dispatch, "_reason_against_triton", lambda _: reasons[0])
-    gathered = []
+NONE = dict.fromkeys(dispatch.FAMILIES, "no Triton")
 
-    def gather(reason):
-        gathered.append(reason)
-        return reasons
+
+@pytest.mark.usefixtures("undecided")
+@pytest.mark.parametrize("gathered", [[NONE], [{}, {"attention": "too old"}, {}], [{}, {}]])
+def test_all_processes_use_a_family_or_none_does(gathered, monkeypatch, caplog):
+    monkeypatch.setattr(
+        dispatch, "_reason_against_triton", lambda family, _: gathered[0].get(family)
+    )
+    own = []
+
+    def gather(reasons):
+        own.append(reasons)
+        return gathered
 
     with caplog.at_level(logging.WARNING):
         dispatch.decide(torch.device("cuda"), gather)
-    assert gathered == [reasons[0]]
-    works = not any(reasons)
-    assert dispatch._uses_triton == {"cuda": works}
-    assert len(caplog.records) == (0 if works else 1)
-    if not works:
-        (message,) = caplog.messages
-        assert "no Triton" in message
-        assert ("1 of 3 processes" in message) == (len(reasons) == 3)
+    assert own == [gathered[0]]
+    missing = set().union(*gathered)
+    assert dispatch._uses_triton == {family: family not in missing for family in dispatch.FAMILIES}
+    assert len(caplog.records) == bool(missing)  # one line, whatever the number of families
+    for family in missing:
+        assert dispatch.FAMILIES[family] in caplog.text
+    assert ("1 of 3 processes (too old)" in caplog.text) == (len(gathered) == 3)
 
 
 @pytest.mark.usefixtures("undecided")
 def test_where_triton_does_not_work_the_reason_is_reported_once(caplog, monkeypatch):
     # This device cannot compute, and no driver is called.
-    monkeypatch.setattr(torch, "arange", lambda *_, **__: 1 / 0)
+    for name in ("arange", "zeros"):
+        monkeypatch.setattr(torch, name, lambda *_, **__: 1 / 0)
     with caplog.at_level(logging.WARNING):
         dispatch.decide(torch.device("cuda"))
-    assert dispatch._uses_triton == {"cuda": False}
+    assert not any(dispatch._uses_triton.values())
     (message,) = caplog.messages
     assert "division by zero" in message
     assert "apt-get install gcc" in message
+
+
+def test_an_old_triton_serves_the_families_that_it_compiles(monkeypatch):
+    monkeypatch.setattr(triton_kernels.triton, "__version__", "3.3.1")
+    with interpreted():
+        for family in dispatch.FAMILIES:
+            reason = dispatch._reason_against_triton(family, CPU)
+            assert reason == ("Triton 3.3.1 is older than 3.4" if family == "attention" else None)
+
+
+@pytest.mark.parametrize(
+    ("family", "kernel", "argument"),
+    [("neurons", "unpack", 1), ("pooling", "forward", 1), ("attention", "attend", 5)],
+)
+def test_a_kernel_that_computes_wrongly_is_not_used(family, kernel, argument, monkeypatch):
+    launch = triton_kernels.launch
+
+    def wrong(which, grid, arguments, known):
+        launch(which, grid, arguments, known)
+        assert which.fn.__name__ == kernel
+        arguments[argument].flatten()[-1] += 1
+
+    with interpreted():
+        assert dispatch._reason_against_triton(family, CPU) is None
+        monkeypatch.setattr(triton_kernels, "launch", wrong)
+        assert dispatch._reason_against_triton(family, CPU) == "a kernel returns wrong results"
 
 
 @pytest.mark.usefixtures("undecided")
 def test_a_cpu_needs_no_decision():
     dispatch.decide(torch.device("cpu"), lambda _: pytest.fail("a CPU has nothing to agree about"))
     assert dispatch._uses_triton == {}
-
-
-def test_an_old_triton_is_refused(monkeypatch):
-    monkeypatch.setattr(triton_kernels.triton, "__version__", "3.2.0")
-    with pytest.raises(RuntimeError, match=r"Triton 3\.2\.0 is older than 3\.3"):
-        triton_kernels.check(torch.device("cpu"))
-
-
-def test_kernels_compute_what_check_asks_for():
-    with interpreted():
-        triton_kernels.check(torch.device("cpu"))

@@ -28,8 +28,9 @@ def check(launches, capability, *, fuses=False):
     Through a matrix of weights gradients are sums of products, which ``fuses`` allows in one.
     """
     for launch in {launch.name: launch for launch in launches}.values():
-        intermediate, code = gpu_code.compiled(launch, capability)
-        assert "atomic" not in intermediate, launch.name
+        asm = gpu_code.compiled(launch, capability)
+        code = gpu_code.disassembled(asm["cubin"])
+        assert "atomic" not in asm["ttir"], launch.name
         assert "EXIT" in code  # so its instructions have these names
         allowed = {"FFMA"} if fuses and launch.name in ("backward_sums", "backward") else set()
         assert set(UNWANTED.findall(code)) <= allowed, launch.name

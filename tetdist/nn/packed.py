@@ -33,7 +33,7 @@ class Packed(NamedTuple):
     def unpack(self, dtype: torch.dtype) -> Tensor:
         if self.levels == 1:
             return self.values.to(dtype)
-        if (gpu := dispatch.triton_for(self.values)) is not None:
+        if (gpu := dispatch.triton_for("neurons", self.values)) is not None:
             return gpu.unpack(self.values, self.levels, dtype)
         return self.values.to(dtype) / self.levels
 
@@ -64,7 +64,7 @@ class Halved(NamedTuple):
 
     def numbers(self, dtype: torch.dtype) -> Tensor:
         """Return the tensor, with its packed form attached."""
-        if (gpu := dispatch.triton_for(self.values)) is not None:
+        if (gpu := dispatch.triton_for("neurons", self.values)) is not None:
             of = (self.values, self.shape, self.strides, self.levels)
             values, numbers = gpu.unpack_halves(*of, dtype)
             return with_packed(numbers, Packed(values, self.levels))
@@ -75,7 +75,7 @@ class Halved(NamedTuple):
 def halve(packed: Packed) -> Halved:
     """Pack bytes below 16 of a dense tensor."""
     values, levels = packed
-    if (gpu := dispatch.triton_for(values)) is not None:
+    if (gpu := dispatch.triton_for("neurons", values)) is not None:
         return Halved(gpu.halve(values), levels, values.shape, values.stride())
     flat = values.as_strided((values.numel(),), (1,), values.storage_offset())
     if flat.numel() % 2:

@@ -20,7 +20,13 @@ from tetdist.nn.neurons import NeuronConfig
 
 logger = logging.getLogger(__name__)
 
-# Whether Triton's kernels are used, by type of device; decided once in a process.
+# Families of Triton's kernels, each usable or not by itself: an older Triton compiles only some.
+FAMILIES = {
+    "neurons": "normalisation and neurons",
+    "pooling": "max-pooling",
+    "attention": "attention",
+}
+# Whether a family's kernels are used on GPUs; decided once in a process.
 _uses_triton: dict[str, bool] = {}
 
 
@@ -61,7 +67,7 @@ def attention_kernels_for(
     config: NeuronConfig, q: Tensor, v: Tensor, heads: int, scale: float, *, carries: bool
 ) -> NeuronKernels | None:
     """Return the kernels of `LinearAttention` and the neurons behind it; None: definitions run."""
-    gpu = triton_for(q)
+    gpu = triton_for("attention", q)
     if gpu is None or not config.has_kernels:
         return None
     options = {"carries": carries, "packs": torch.is_grad_enabled()}
@@ -79,14 +85,14 @@ def pooling_for(x: Tensor) -> Pooling | None:
     """Return the kernels that pool tensors like ``x``; None: torch pools."""
     if native_library.serves(x):
         return native_pool.pool()
-    gpu = triton_for(x)
+    gpu = triton_for("pooling", x)
     return None if gpu is None else gpu.Pool()
 
 
 def _module_for(*tensors: Tensor | None) -> Any:
     """Return the module, native or triton_kernels, that serves these tensors; None if neither."""
     if not native_library.serves(*tensors):
-        return triton_for(*tensors)
+        return triton_for("neurons", *tensors)
     if native.norm_library() is None:
         _warn_of_missing_library()
         return None
@@ -103,49 +109,64 @@ def _warn_of_missing_library() -> None:
     )
 
 
-def triton_for(*tensors: Tensor | None) -> Any:
-    """Return the module triton_kernels if it serves these tensors, else None."""
+def triton_for(family: str, *tensors: Tensor | None) -> Any:
+    """Return the module triton_kernels if its kernels of a family serve the tensors, or None."""
     devices = {tensor.device.type for tensor in tensors if tensor is not None}
     if devices != {"cuda"}:
         return None
-    if "cuda" not in _uses_triton:
+    if not _uses_triton:
         decide(torch.device("cuda"))
-    return (
-        importlib.import_module("tetdist.nn.fast.triton_kernels") if _uses_triton["cuda"] else None
-    )
+    if not _uses_triton[family]:
+        return None
+    return importlib.import_module("tetdist.nn.fast.triton_kernels")
+
+
+# Reasons against Triton's kernels, by family; without an entry they work.
+Reasons = dict[str, str]
 
 
 def decide(
-    device: torch.device, gather: Callable[[str | None], list[str | None]] = lambda reason: [reason]
+    device: torch.device, gather: Callable[[Reasons], list[Reasons]] = lambda reasons: [reasons]
 ) -> None:
-    """Decide whether Triton's kernels are used on a device: on all processes of a run, or on none.
+    """Decide which of Triton's kernels are used on a device: on all processes of a run, or on none.
 
     They round differently from the definition, so processes that decided differently would train
-    different networks. If they are not used, each process logs why.
+    different networks. Of those that are not used, each process logs why.
 
     Args:
-        gather: Takes this process's reason against them (None: no reason) and returns those of all
-            processes, by rank. All processes must call `decide` then.
+        gather: Takes this process's reasons and returns those of all processes, by rank. All
+            processes must call `decide` then.
     """
     if device.type != "cuda":
         return
-    reasons = gather(_reason_against_triton(device))
-    missing = [rank for rank, reason in enumerate(reasons) if reason]
-    _uses_triton[device.type] = not missing
-    if missing:
-        where = "here" if len(reasons) == 1 else f"on {len(missing)} of {len(reasons)} processes"
+    gathered = gather(
+        {
+            family: reason
+            for family in FAMILIES
+            if (reason := _reason_against_triton(family, device)) is not None
+        }
+    )
+    unused: dict[str, list[str]] = {}  # families by reason
+    for family, name in FAMILIES.items():
+        reasons = [reasons[family] for reasons in gathered if family in reasons]
+        _uses_triton[family] = not reasons
+        if reasons:
+            where = f" on {len(reasons)} of {len(gathered)} processes" if len(gathered) > 1 else ""
+            unused.setdefault(f"{where} ({reasons[0]})", []).append(name)
+    for reason, names in unused.items():
         logger.warning(
-            "Triton's kernels do not work %s (%s), so normalisation and neurons run as plain "
-            "torch operations, slower and with more memory. Install the version of triton that "
-            "torch requires (pip show torch) and a C compiler (Debian: apt-get install gcc).",
-            where,
-            reasons[missing[0]],
+            "Triton's kernels of %s do not work here%s, so plain torch operations run, slower and "
+            "with more memory. Install the version of triton that torch requires (pip show torch) "
+            "and a C compiler (Debian: apt-get install gcc); docs/install.md has a table of "
+            "versions.",
+            " and of ".join(names),
+            reason,
         )
 
 
-def _reason_against_triton(device: torch.device) -> str | None:
+def _reason_against_triton(family: str, device: torch.device) -> str | None:
     try:
-        importlib.import_module("tetdist.nn.fast.triton_kernels").check(device)
+        importlib.import_module("tetdist.nn.fast.triton_kernels").check(family, device)
     except Exception as error:  # Triton, the driver and the compiler raise many types of errors.
         lines = str(error).strip().splitlines()
         return lines[0] if lines else type(error).__name__

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
-from torch import Tensor
+from torch import Tensor, nn
 
 from tetdist.nn import batch_norm
 from tetdist.nn.batch_norm import BatchNorm
@@ -33,13 +33,14 @@ from tetdist.nn.fast.fused import (
 from tetdist.nn.fast.kernels import attention, neuron, packing
 from tetdist.nn.fast.kernels import pool as pooling
 from tetdist.nn.fast.pooling import Pooled, Pooling, Sizes, rows_of_images
-from tetdist.nn.neurons import NeuronConfig
+from tetdist.nn.neurons import LIF, NeuronConfig
 from tetdist.nn.precision import wide_type
 from tetdist.storage.files import make_private
 
 Argument = Tensor | int | None
-# Older versions of Triton lack tuples in kernels.
-OLDEST = (3, 3)
+# The oldest Triton, by family: 3.2 lacks tuples in kernels, and 3.3 cannot compile the products of
+# attention for an H100 (make test-triton).
+OLDEST = {"neurons": (3, 3), "pooling": (3, 3), "attention": (3, 4)}
 WARPS = 4
 THREADS = 32 * WARPS
 # Registers (of 255) for the numbers that a thread processes in the backward pass, at most;
@@ -472,9 +473,9 @@ class AttentionKernels(NeuronKernels):
     ) -> tuple[Any, Tensor | None, tuple[Tensor, ...]]:
         """Return the gradients of queries, keys and values, of the start and of learnt values."""
         start, learned = inputs.start, inputs.learned
-        # As many membranes as registers hold.
+        # As many membranes as registers hold; Triton 3.4 multiplies 16 columns at least.
         kept = triton.next_power_of_2(self.timesteps) * (1 if start is None and not learned else 2)
-        grid, *_, known = self._tiles(128 // kept, 32)
+        grid, *_, known = self._tiles(max(16, 128 // kept), 32)
         partial_share = _partial_learned(learned, grid)
         grad_spikes = grads.spikes.to(self.dtype)
         grad = torch.empty_like(grad_spikes)
@@ -604,19 +605,42 @@ def keep_kernels_here() -> None:
             os.environ.setdefault("TRITON_CACHE_DIR", str(folder / "triton"))
 
 
-def check(device: torch.device) -> None:
-    """Let Triton compile and run a kernel, and check its result.
+def check(family: str, device: torch.device) -> None:
+    """Let Triton compile and run a kernel of a family (`dispatch.FAMILIES`), and check its result.
 
     Raises:
         Exception: Any type; Triton, the driver and the C compiler raise their own.
     """
-    if tuple(map(int, triton.__version__.split(".")[:2])) < OLDEST:
-        oldest = ".".join(map(str, OLDEST))
-        raise RuntimeError(
-            f"Triton {triton.__version__} is older than {oldest}, which comes with torch 2.7"
-        )
+    if tuple(map(int, triton.__version__.split(".")[:2])) < OLDEST[family]:
+        oldest = ".".join(map(str, OLDEST[family]))
+        raise RuntimeError(f"Triton {triton.__version__} is older than {oldest}")
     keep_kernels_here()
-    values = torch.arange(200, dtype=torch.uint8, device=device)
-    numbers = unpack(values, 4, torch.float32)
-    if not torch.equal(numbers.cpu(), values.cpu() / 4):
+    if not _CHECKS[family](device):
         raise RuntimeError("a kernel returns wrong results")
+
+
+def _check_neurons(device: torch.device) -> bool:
+    values = torch.arange(200, dtype=torch.uint8, device=device)
+    return torch.equal(unpack(values, 4, torch.float32).cpu(), values.cpu() / 4)
+
+
+def _check_pooling(device: torch.device) -> bool:
+    values = torch.arange(64, dtype=torch.uint8, device=device).view(1, 1, 8, 8)
+    pooled, numbers, _ = Pool().forward(values, 1, torch.float32, nn.MaxPool2d(2))
+    wanted = values.cpu()[..., 1::2, 1::2]
+    return torch.equal(pooled.cpu(), wanted) and torch.equal(numbers.cpu(), wanted.float())
+
+
+def _check_attention(device: torch.device) -> bool:
+    """Let every position attend to the one that spikes, so that all fire in its channel."""
+    spikes = torch.zeros(1, 1, 32, 1, 16, dtype=torch.bfloat16, device=device)
+    kernels = AttentionKernels(LIF(), spikes, spikes, 1, 1.0, carries=False, packs=False)
+    queries, values = (torch.zeros(1, 16, 32, dtype=torch.uint8, device=device) for _ in range(2))
+    queries[:] = 1
+    values[0, 5, 7] = 1
+    inputs = Inputs((queries, queries, values), None, None, None, None, ())
+    fired, _, _ = kernels.spikes(inputs, None)
+    return fired.sum().item() == 16 and bool((fired[..., 7] == 1).all())
+
+
+_CHECKS = {"neurons": _check_neurons, "pooling": _check_pooling, "attention": _check_attention}
