@@ -5,16 +5,18 @@ import multiprocessing
 import os
 import signal
 from itertools import islice
+from unittest.mock import MagicMock, call
 
 import numpy as np
 import pytest
 import torch
 
 from tetdist.config.loading import load
-from tetdist.data import build, dali, own_process, transfer
+from tetdist.data import build, dali, loader, own_process, transfer
 from tetdist.data.dali import import_dali
 from tetdist.data.pixels import Edits, Output, edited
 from tetdist.datasets.index import build_index, load_index, save_index
+from tetdist.distributed.world import World
 from tetdist.errors import UserError
 
 # All that is done to images, before and after normalisation.
@@ -176,6 +178,18 @@ def test_a_gpus_graph_places_windows_by_the_same_rules(interpolation):
         difference = np.abs(np.array(placed[k]).astype(int) - expected.astype(int))
         assert placed[k].shape() == [16, 16, 3]
         assert difference.max() <= {0: 2, 5: 16}.get(k, 0)
+
+
+def test_each_process_decodes_on_its_own_gpu(tiny_root, tiny_config, monkeypatch):
+    """GPU 0 would otherwise decode the images of all processes, or run the copies of another's."""
+    index = load_index(tiny_root / "index" / "train.npz")
+    world, module, streams = World(0, 1, torch.device("cuda", 3), None), MagicMock(), MagicMock()
+    monkeypatch.setattr(loader, "import_dali", lambda: module)
+    monkeypatch.setattr(loader, "image_graph", MagicMock())
+    monkeypatch.setattr(torch.cuda, "Stream", streams)
+    build.train_loader(load(tiny_config({"data.device": "gpu"})), index, world, 0).close()
+    assert module.Pipeline.call_args.kwargs["device_id"] == 3
+    assert streams.call_args_list == [call(world.device)] * 2  # to edit, and to deliver
 
 
 def test_threads_ask_nothing_of_another_gpu(monkeypatch):
