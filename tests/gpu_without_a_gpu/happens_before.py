@@ -101,7 +101,8 @@ class Order:
         self.wait(self._events[event], stream)
 
     def wait_for_event(self, event: int) -> None:
-        self.wait(self._events[event])
+        """Have the host wait for an event; if it was never recorded, CUDA waits for nothing."""
+        self.wait(self._events.get(event, {}))
 
     @contextlib.contextmanager
     def acting(self, host: str, after: Clock) -> Iterator[None]:

@@ -33,6 +33,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._pytree import tree_leaves
 
 WORLD_SIZE = 8
 DALI = -2  # its stream
@@ -77,7 +78,7 @@ def main() -> None:
 
     graphs.capture = pretended.compared(graphs.capture)
     # Nothing can be computed here to find out whether Triton's kernels work.
-    dispatch._reason_against_triton = lambda _device: None
+    dispatch._reason_against_triton = lambda _family, _device: None
 
     batch_norm.update_running_statistics = pretended.within(
         "statistics", batch_norm.update_running_statistics
@@ -178,14 +179,15 @@ def run(case: Case, world: Any, recorder: Recorder) -> None:
 
 
 def run_in_order(case: Case, world: Any, recorder: Recorder) -> None:
-    """Train, evaluate and examine with batches that come as to a GPU: by a thread's stream."""
+    """Train, save, evaluate and examine, with batches as a GPU gets them: by a thread's stream."""
     from tetdist.config import loading
     from tetdist.data import build, loader, pixels, transfer
     from tetdist.data.own_process import LoaderProcess as Source
     from tetdist.distributed import overlap
     from tetdist.evaluation.evaluate import evaluate
     from tetdist.order import evaluation_batches
-    from tetdist.training import graphs
+    from tetdist.training import graphs, saving
+    from tetdist.training.state import RunState
 
     pixels._scale.cache_clear()  # tensors of another case
     config = loading.load(case.base, case.overrides)
@@ -194,6 +196,9 @@ def run_in_order(case: Case, world: Any, recorder: Recorder) -> None:
     with (
         recorder,
         mock.patch.object(transfer, "ThreadPoolExecutor", Turns),
+        mock.patch.object(saving, "ThreadPoolExecutor", Turns),
+        mock.patch.object(saving.checkpoint, "save", _save),
+        mock.patch.object(saving, "show_checkpoints"),
         mock.patch.object(Source, "__next__", _of_a_process(Source.__next__)),
         mock.patch.object(loader, "import_dali", return_value=dali),
         mock.patch.object(loader, "image_graph", lambda _, source, __, out: (source, out.size)),
@@ -206,10 +211,15 @@ def run_in_order(case: Case, world: Any, recorder: Recorder) -> None:
         assert len(trainer.engine.mean._overlapped._buckets) > 1
         try:
             trainer.model.train()
+            writing = saving.Saving(trainer.prepared, mock.Mock(), mock.Mock())
             recorder.waits.clear()
             for _ in range(case.steps):
                 trainer._train_step()
+                optimizer = trainer.engine.optimizer_state()
+                now = RunState(trainer.step, 0, {}, [], {}, None, WORLD_SIZE, "", None)
+                writing.begin(now, optimizer, trainer.average, (), mock.Mock())
             waits = list(recorder.waits)
+            writing.wait()
             val = trainer.prepared.val
             shares = evaluation_batches(len(val), config.batch.eval, 0, WORLD_SIZE)
             with build.eval_loader(config, val, world) as batches:
@@ -221,6 +231,13 @@ def run_in_order(case: Case, world: Any, recorder: Recorder) -> None:
             trainer._leave()
         recorder.order.find_freed()
         recorder.waits = waits
+
+
+def _save(_folder: Any, *, model: Any, optimizer: Any, average: Any, **_: Any) -> None:
+    """Read on the host what `checkpoint.save` writes to a file."""
+    order, averaged = pretended.order(), average and average.weights
+    tensors = [x for x in tree_leaves((model, optimizer, averaged)) if isinstance(x, Tensor)]
+    order.use("a file", tensors, [], on=order.host)
 
 
 class Turns:

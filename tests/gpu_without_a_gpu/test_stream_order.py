@@ -1,6 +1,7 @@
 """Streams and threads wait for the batches, averages and graphs that they use.
 
-The worker, one of 8 processes, trains two steps, evaluates, and examines a step, with real data.
+The worker, one of 8 processes, trains two steps, saves each, evaluates, and examines a step, with
+real data.
 `happens_before.Order` takes down each use of memory. Each fault is made in the code that trains.
 """
 
@@ -42,6 +43,9 @@ def test_all_work_waits_for_what_it_uses(overrides, running, tiny_config):
 FINISH = "tetdist.distributed.overlap:OverlappedMean.finish"
 NEXT = "tetdist.data.delivery:DeviceBatches.__next__"
 FREED = "is freed while aten.convolution_backward at .* on stream 0 may still use it"
+SAVE = "tetdist.training.saving:Saving.begin"
+COPY = "written by aten.copy_ at tetdist/buffers.py.* read by a file on the checkpoint"
+LIVE = "read by a file on the checkpoint and is written by .* on stream 0"
 
 # Each with the function, the line, what is there instead, and what is said of it.
 FAULTS = {
@@ -52,12 +56,16 @@ FAULTS = {
     "memory is freed while the GPU trains on it": (
         *(NEXT, "tensor.record_stream(", "(lambda _: None)(", FREED),
     ),
+    "a copy is saved before it is complete": (SAVE, "copied.synchronize()", "pass", COPY),
+    "a copy is not known to be complete": (SAVE, "copied.record()", "pass", COPY),
+    "weights are saved that train on": (SAVE, "copy_to_host(run.model.", "(run.model.", LIVE),
+    "an average is saved that goes on": (SAVE, "copy_to_host(average.", "(average.", LIVE),
 }
 
 
 @pytest.mark.parametrize("name", FAULTS)
 def test_faults_are_named(name, running, tiny_config):
     *fault, text = FAULTS[name]
-    answer = running.order(tiny_config(BATCHES), *ON_GPU, fault=fault)
+    answer = running.order(tiny_config(BATCHES), *ON_GPU, "ema.decay=0.9", fault=fault)
     assert answer["error"] is None
     assert any(re.search(text, one) for one in answer["unordered"]), answer["unordered"]
