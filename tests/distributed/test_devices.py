@@ -6,6 +6,7 @@ import types
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from tetdist.distributed import devices
 from tetdist.distributed.devices import choose_device
@@ -83,6 +84,17 @@ def test_no_two_processes_take_one_gpu(monkeypatch):
         _refuse_shared_gpus(Others(1, 4, torch.device("cuda", 0), None))
     with pytest.raises(SystemExit):
         _refuse_shared_gpus(Others(3, 4, torch.device("cuda", 0), None))
+
+
+def test_gpus_exchange_tensors_by_nccl_and_hosts_numbers_by_gloo(monkeypatch):
+    """Gloo would take gradients through the host, and numbers by NCCL would wait for the GPU."""
+    backends = []
+    gpu = torch.device("cuda", 0)
+    monkeypatch.setattr("tetdist.distributed.world.choose_device", lambda *_: gpu)
+    monkeypatch.setattr(dist, "init_process_group", lambda backend, **_: backends.append(backend))
+    monkeypatch.setattr(dist, "new_group", lambda backend: backends.append(backend))
+    assert join("cuda").device == gpu
+    assert backends == ["nccl", "gloo"]
 
 
 def test_a_task_of_srun_does_not_think_that_it_is_alone(monkeypatch):

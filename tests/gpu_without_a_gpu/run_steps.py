@@ -231,6 +231,7 @@ def run_in_order(case: Case, world: Any, recorder: Recorder) -> None:
             trainer._leave()
         recorder.order.find_freed()
         recorder.waits = waits
+    assert not pretended._registered, "memory is unmapped while CUDA has it pinned"
 
 
 def _save(_folder: Any, *, model: Any, optimizer: Any, average: Any, **_: Any) -> None:
