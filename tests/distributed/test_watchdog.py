@@ -1,16 +1,20 @@
 """A process that dies, hangs or fails alone ends the others soon, and is named."""
 
+import os
+import pickle
 import re
 import signal
 
 import pytest
 import tiny
 
+from tetdist.distributed.world import join
+
 KILL, STOP = signal.SIGKILL, signal.SIGSTOP
 PEER_FAILED = 3
 HUNG = -999  # farm.py's status for a killed process
 RAISED = "LookupError: made for the test"  # by farm.py
-
+RECORDS = "TORCH_NCCL_TRACE_BUFFER_SIZE", "TORCH_FR_BUFFER_SIZE"
 
 SOON = {"peer_timeout": 3.0}
 
@@ -91,5 +95,49 @@ step.sums_of = slow
     assert (status_0, status_1) == (PEER_FAILED, PEER_FAILED), first + second
     expected = r"error: no progress for 4 s: rank 1 \(process \d+ on .*\) hangs at step 1, and the "
     assert re.search(expected, first), first
-    assert "peer_timeout=SECONDS" in first
+    folder = tmp_path / "runs/tiny/hang"
+    assert f"peer_timeout=SECONDS allows for more; {folder} shows where each process is" in first
     assert "error" not in second, second
+    waits, hangs = [(folder / f"stacks_rank_{rank}").read_text() for rank in (0, 1)]
+    line = CHANGED.format(code).splitlines().index("        threading.Event().wait(60)") + 1
+    assert f'File "<string>", line {line} in slow\n' in hangs
+    assert " in finish\n" in waits
+    assert " in slow\n" not in waits
+    entries = [
+        pickle.loads((folder / f"gloo_rank_{rank}").read_bytes())["entries"] for rank in (0, 1)
+    ]
+    # Rank 0 waits in the average of the gradients, which rank 1 has not begun.
+    *before, last = entries[0]
+    assert (last["profiling_name"], last["retired"]) == ("gloo:all_reduce", False)
+    assert "_arrived" in [frame["name"] for frame in last["frames"]]
+    names = [[entry["profiling_name"] for entry in some] for some in (before, entries[1])]
+    assert names[0] == names[1] != []
+
+
+@pytest.mark.parametrize(
+    ("blocks", "status"), [("threading.Event().wait(60)", 0), ("ctypes.PyDLL(None).sleep(60)", 1)]
+)
+def test_evidence_is_left_in_seconds(blocks, status, farm, tmp_path):
+    """A file system may hang, and a driver that does not let other threads of Python run."""
+    code = f"""
+import ctypes, pathlib, sys, threading
+from tetdist.distributed import evidence
+from tetdist.distributed.world import join
+evidence.SECONDS, evidence._write = 0.5, lambda *_: {blocks}
+evidence.leave(pathlib.Path("hang"), 0)
+sys.exit(0)
+"""
+    ((ended, text),) = farm.side_by_side(1, tiny.python("-c", code), tmp_path)
+    assert (ended, "Timeout (0:00:01)!" in text) == (status, status == 1), text
+
+
+@pytest.mark.parametrize("name", RECORDS)
+@pytest.mark.parametrize("size", ["0", None])
+def test_a_users_size_of_the_record_takes_precedence(size, name, monkeypatch):
+    for other in RECORDS:
+        monkeypatch.delenv(other, raising=False)
+    if size:
+        monkeypatch.setenv(name, size)
+    with join("cpu"):
+        sizes = [os.environ[other] for other in RECORDS if other in os.environ]
+    assert sizes == [size or "2000"]

@@ -16,11 +16,12 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
-from tetdist.distributed import meeting
+from tetdist.distributed import evidence, meeting
 from tetdist.distributed.meeting import CONNECTION
 from tetdist.distributed.world import World
 from tetdist.errors import PEER_FAILED, FailedElsewhere, Stopped, UserError
@@ -37,6 +38,7 @@ SILENCE, SILENCE_IN_TROUBLE = 30.0, 4.0
 CONTINUES = "once the cause is gone, the same command continues from the last checkpoint"
 
 _VERDICT, _TROUBLE = "verdict", "trouble"
+_HANGS = "no progress for "  # begins the verdict if all processes live
 
 
 class Watch:
@@ -51,6 +53,7 @@ class Watch:
         timeout: Seconds without progress after which a process counts as hanging.
         shows_errors: True to print errors of this process alone before the others end.
         after: End of the message: what has been saved, or how to continue.
+        folder: Folder for the evidence that each process leaves of a hang.
     """
 
     def __init__(
@@ -60,9 +63,10 @@ class Watch:
         *,
         shows_errors: bool = True,
         after: str = "once the cause is gone, start the same command again",
+        folder: Path | None = None,
     ) -> None:
         self.world, self.timeout = world, timeout
-        self.shows_errors, self.after = shows_errors, after
+        self.shows_errors, self.after, self.folder = shows_errors, after, folder
         self.before_end: list[Callable[[str], None]] = []
         self._count, self._where, self._ended = 0, "the start", ""
         self._failed = False  # through its own error, which it prints itself
@@ -223,9 +227,11 @@ class Watch:
                 for rank in behind[:4]
             )
             others = ", and the others wait" if len(behind) < len(present) else ""
+            left = f"; {self.folder} shows where each process is" if self.folder else ""
             return (
-                f"no progress for {self.timeout:.0f} s: {names}{and_more(behind, 4)} hangs at "
+                f"{_HANGS}{self.timeout:.0f} s: {names}{and_more(behind, 4)} hangs at "
                 f"{present[behind[0]][0]['where']}{others}; peer_timeout=SECONDS allows for more"
+                f"{left}"
             )
         return None
 
@@ -241,8 +247,12 @@ class Watch:
                     file=sys.stderr,
                     flush=True,
                 )
-            if self.world.rank == 0:
-                # Give the others time to read it: the store ends with this process.
+            folder = self.folder if verdict.startswith(_HANGS) else None
+            if folder:
+                evidence.leave(folder, self.world.rank)
+            if folder or self.world.rank == 0:
+                # Give the others time to read it, since the store ends with rank 0, and to leave
+                # evidence, since a launcher ends all when it sees that one has ended.
                 time.sleep(3 * BEAT)
             for action in self.before_end:
                 with contextlib.suppress(Exception):

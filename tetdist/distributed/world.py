@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tetdist.buffers import in_one_buffer
-from tetdist.distributed import meeting
+from tetdist.distributed import evidence, meeting
 from tetdist.distributed.devices import choose_device, cores_near, keep_freed_memory
 from tetdist.distributed.starters import end_with_starters
 from tetdist.distributed.waiting import Waiting
@@ -200,6 +200,7 @@ def join(
         keep_freed_memory()
     backend = "nccl" if this_device.type == "cuda" else "gloo"
     limit = timedelta(seconds=timeout) + MARGIN
+    evidence.record_collectives()
     if not launched:
         # A launcher may also start a single process.
         dist.init_process_group(

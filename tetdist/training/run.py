@@ -37,7 +37,12 @@ def train(
         with (
             join(config.device, config.peer_timeout, config.run_dir, shared) as world,
             StopRequest(world) as stop,
-            Watch(world, config.peer_timeout, shows_errors=shows_errors) as watch,
+            Watch(
+                world,
+                config.peer_timeout,
+                shows_errors=shows_errors,
+                folder=config.run_dir / "hang",
+            ) as watch,
         ):
             watch.before_end.append(lambda verdict: on_failure(PeerFailed(verdict)))
             try:
