@@ -17,7 +17,6 @@ import multiprocessing
 import os
 import statistics
 import sys
-import time
 import weakref
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -32,8 +31,8 @@ from relu_networks import relu_network
 from torch import Tensor, nn
 
 from tetdist.apps.benchmarks import bench
-from tetdist.apps.benchmarks.bench import MIB, Contestant
-from tetdist.nn.precision import autocast, choose_algorithms
+from tetdist.apps.benchmarks.bench import MIB
+from tetdist.apps.benchmarks.made_up import MadeUp, Repeated
 from tetdist.storage.files import write_json
 from tetdist.tables import markdown
 
@@ -98,19 +97,20 @@ def main(arguments: list[str] | None = None) -> None:
 # --- what is compared -----------------------------------------------------------------------------
 
 
-def contestants_of(options: argparse.Namespace) -> dict[str, Callable[[], Contestant]]:
+def contestants_of(options: argparse.Namespace) -> dict[str, Callable[[], MadeUp]]:
     """Return constructors of the contestants, by name."""
-    makers: dict[str, Callable[[], Contestant]] = {}
+    makers: dict[str, Callable[[], MadeUp]] = {}
     if (baseline := relu_network(options.model)) is not None:
-        makers["relu"] = partial(bench.relu, options, baseline)
+        makers["relu"] = partial(bench.step_of, options, instead=Repeated(baseline))
     for mode in options.modes:
-        makers[f"tetdist, {mode}"] = partial(bench.ours, options, mode)
+        recompute = bench.RECOMPUTED[mode]
+        makers[f"tetdist, {mode}"] = partial(bench.step_of, options, recompute=recompute)
     if options.has_peer:
-        makers[PEER] = partial(spikingjelly, options)
+        makers[PEER] = lambda: bench.step_of(options, instead=spikingjelly(options))
     return makers
 
 
-def spikingjelly(options: argparse.Namespace) -> Contestant:
+def spikingjelly(options: argparse.Namespace) -> nn.Module:
     """Make spikingjelly's SEW-ResNet with our neuron."""
     from spikingjelly.activation_based import functional, neuron, surrogate
     from spikingjelly.activation_based.model import sew_resnet
@@ -131,7 +131,7 @@ def spikingjelly(options: argparse.Namespace) -> Contestant:
         result: Tensor = model(images.expand(options.timesteps, *images.shape))
         return result
 
-    return bench.laid_out(options, model, bench.batch_of(options), logits)
+    return Repeated(model, logits)
 
 
 # --- measuring ------------------------------------------------------------------------------------
@@ -147,7 +147,6 @@ def measured(entry: Entry, precision: str) -> dict[str, Any]:
             worker, waiting[name] = stack.enter_context(fastest(options, name))
             steps[name] = partial(worker.seconds, 1)
         seconds = bench.in_turns(steps, entry.repeats)
-    choose_algorithms(precision)
     rows = [
         bench.row_of(name, seconds, entry.batch)
         | {"waiting": waiting[name], "kept_mib": kept_mib(options, make)}
@@ -188,16 +187,11 @@ class Worker:
 
 def _work(pipe: Connection, options: argparse.Namespace, name: str) -> None:
     """Take the number of steps in each message, and answer with the seconds a step."""
-    choose_algorithms(options.precision)
-    step = bench.step_of(options, contestants_of(options)[name]())
+    step = contestants_of(options)[name]().take
     # Without the starting process there is nothing to receive.
     with contextlib.suppress(EOFError, BrokenPipeError):
         while True:
-            steps = pipe.recv()
-            started = time.perf_counter()
-            for _ in range(steps):
-                step()
-            pipe.send((time.perf_counter() - started) / steps)
+            pipe.send(bench.seconds_of(step, pipe.recv()))
 
 
 @contextlib.contextmanager
@@ -260,19 +254,18 @@ class _Kept:
         self.tensor = tensor
 
 
-def kept_mib(options: argparse.Namespace, make: Callable[[], Contestant]) -> float:
+def kept_mib(options: argparse.Namespace, make: Callable[[], MadeUp]) -> float:
     """Return the peak MiB an image that autograd holds from the forward to the backward pass."""
     held = []
     # The difference of two batch sizes is the cost of an image; costs that do not depend on the
     # batch, such as weights in bfloat16, cancel.
     before = options.batch
     for options.batch in (2, 3):
-        model, images, logits = make()
-        saved = SavedBytes(model)
+        made_up = make()
+        (images, _), engine = made_up.batch_of(0, 0), made_up.step.engine
+        saved = SavedBytes(made_up.step.model)
         with saved.counting():
-            with autocast(images.device, options.precision):
-                loss = logits(images).float().square().mean()
-            loss.backward()
+            engine.backward(engine.forward(images).float().square().mean())
         held.append(saved.most)
     options.batch = before
     return (held[1] - held[0]) / MIB

@@ -83,7 +83,7 @@ def test_a_single_nan_is_called_wrong(here, monkeypatch, name):
 
 OTHERS = "rank 1 has other weights than rank 0"
 AVERAGE = "by another average than one process computes alone"
-MADE_UP, STEP = "tetdist.apps.check_gpu.made_up:", "tetdist.training.step:Step."
+MADE_UP, STEP = "tetdist.apps.benchmarks.made_up:", "tetdist.training.step:Step."
 RANK = "__import__('torch').distributed.get_rank()"
 # Name: the function and its line, what it has instead (see faults.py), and what the check says.
 # fmt: off

@@ -5,6 +5,7 @@ comes in on standard input, a line of JSON (the fields of `Case`), and its answe
 leaves on standard output. The library of cuda_guard.cpp has to be preloaded.
 """
 
+import argparse
 import contextlib
 import ctypes
 import gc
@@ -57,6 +58,9 @@ class Case:
         feeds: Whether batches come from ``data.root``, as they come to a GPU, and the order of all
             work is checked.
         fault: Arguments of `faults.faulty`.
+        timed: Options of the benchmark whose step is taken instead of the trainer's.
+        made_up: Arguments of `training_step`, whose step is taken instead of the trainer's.
+        processes: Of the run.
     """
 
     model: str
@@ -68,6 +72,9 @@ class Case:
     evaluates: bool = False
     feeds: bool = False
     fault: list[str] | None = None
+    timed: dict[str, Any] | None = None
+    made_up: dict[str, Any] | None = None
+    processes: int = WORLD_SIZE
 
 
 def main() -> None:
@@ -110,7 +117,11 @@ def answer(case: Case) -> dict[str, Any]:
             _FakeTensors(allow_non_fake_inputs=case.feeds),
             faulty(*case.fault) if case.fault else contextlib.nullcontext(),
         ):
-            run_in_order(case, _world(), recorder) if case.feeds else run(case, _world(), recorder)
+            world = _world(case.processes)
+            if case.timed or case.made_up:
+                run_made_up(case, world, recorder)
+            else:
+                run_in_order(case, world, recorder) if case.feeds else run(case, world, recorder)
     except Exception as raised:
         error = pretended.failure(raised)
     finally:
@@ -135,7 +146,7 @@ def report(recorder: Recorder, error: str | None) -> dict[str, Any]:
     }
 
 
-def _world() -> Any:
+def _world(processes: int) -> Any:
     from tetdist.distributed.world import World
 
     class Alone(World):
@@ -147,7 +158,29 @@ def _world() -> Any:
         def sum(self, values: list[float]) -> list[float]:
             return values
 
-    return Alone(0, WORLD_SIZE, DEVICE, None)
+    return Alone(0, processes, DEVICE, None)
+
+
+def run_made_up(case: Case, world: Any, recorder: Recorder) -> None:
+    """Take the steps of a benchmark or of check_gpu."""
+    from tetdist.apps.benchmarks import bench, made_up
+
+    if case.timed:
+        step = bench.contestants_of(argparse.Namespace(**case.timed))["tetdist, none"]()
+    else:
+        step = made_up.training_step(world, case.model, **case.made_up)
+    feed = types.SimpleNamespace(prepared=None)  # batches are there
+    _tell_phases_apart(
+        types.SimpleNamespace(engine=step.step.engine, training_step=step.step, feed=feed)
+    )
+    try:
+        for _ in range(case.steps):
+            recorder.launches.clear()
+            with recorder:
+                step.take()
+            recorder.phase = "input"
+    finally:
+        step.close()
 
 
 def run(case: Case, world: Any, recorder: Recorder) -> None:

@@ -134,6 +134,20 @@ def test_launches(ask):
     assert launches(answer, "input") <= 20
 
 
+def test_a_timed_step_launches_what_a_training_step_does(ask):
+    """That of `bench step` and of check_gpu's rates, whose time becomes a run's hours."""
+    sizes = {"timesteps": 4, "batch": 32, "size": 224, "precision": "bf16"}
+    options = {"model": "sew_resnet34", "modes": ["none"], "device": "cuda", **sizes}
+    timed = ask("sew_resnet34", timed=options, steps=2)
+    trained = ask("sew_resnet34", *ENGINES["torch"], processes=1, steps=2)
+    assert_runs(timed)
+    phases = ("forward", "loss", "backward", "update", "statistics")
+    assert launches(timed, *phases) > 400
+    assert [timed["launches"].get(one) for one in phases] == [
+        trained["launches"].get(one) for one in phases
+    ]
+
+
 def test_synchronised_batch_norm_takes_at_most_three_more_launches_a_norm(ask):
     """Forward, the average and what is computed from it; backward, the average of the sums."""
     together, alone = (

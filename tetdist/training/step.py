@@ -1,8 +1,7 @@
 """One optimiser step: micro-batches forward and backward, then one update.
 
-Trainer, check_gpu and the tests without a GPU all take this step. (`bench step`
-compares networks, also those of other libraries, by forward and backward pass alone.) It receives
-batches on the device, opens no file and logs nothing.
+Trainer, check_gpu, `bench step` and the tests without a GPU all take this step. It receives batches
+on the device, opens no file and logs nothing.
 """
 
 import contextlib

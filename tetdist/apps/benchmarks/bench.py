@@ -1,6 +1,6 @@
 """Benchmark of a training step: its time, relative to the ReLU network's, and its memory.
 
-A step is the forward pass, the TET loss and the backward pass on random images, without the update.
+A step is training's own, with the TET loss and SGD, on random images; other networks take the same.
 All networks take turns in this process, whose threads wait as in training.
 """
 
@@ -11,21 +11,22 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import timm
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-import tetdist.models  # noqa: F401  # registers them
+from tetdist.apps.benchmarks.made_up import MadeUp, Repeated, training_step
+from tetdist.distributed.world import World
 from tetdist.errors import UserError
-from tetdist.losses import tet_loss
-from tetdist.nn.precision import autocast, choose_algorithms
 from tetdist.tables import aligned, number
 from tetdist.tracking.environment import cpu_model
 from tetdist.wording import speed_flag
 
 MIB = 2**20
+# Steps on a GPU after which the host waits once: as in training, it queues kernels ahead.
+TOGETHER = 10
 
 
 def machine(device: str) -> dict[str, str]:
@@ -40,26 +41,17 @@ def machine(device: str) -> dict[str, str]:
 
 # --- what is compared -----------------------------------------------------------------------------
 
-
-class Contestant(NamedTuple):
-    """Network with the images and labels of a step.
-
-    Attributes:
-        logits: Function from images to logits (T, B, K).
-    """
-
-    model: nn.Module
-    images: Tensor
-    logits: Callable[[Tensor], Tensor]
+# What each mode recomputes; timesteps: segments of two.
+RECOMPUTED: dict[str, Any] = {"none": "none", "blocks": "blocks", "timesteps": {"timesteps": 2}}
 
 
-def contestants_of(options: argparse.Namespace) -> dict[str, Callable[[], Contestant]]:
-    """Return constructors of the ReLU network, if there is one, and of tetdist's in each mode."""
-    contestants: dict[str, Callable[[], Contestant]] = {}
+def contestants_of(options: argparse.Namespace) -> dict[str, Callable[[], MadeUp]]:
+    """Return constructors of the ReLU network's step, if there is one, and of each mode's."""
+    contestants: dict[str, Callable[[], MadeUp]] = {}
     if baseline := relu_baseline(options.model):
-        contestants["relu"] = partial(relu, options, baseline)
+        contestants["relu"] = partial(step_of, options, instead=Repeated(baseline))
     for mode in options.modes:
-        contestants[f"tetdist, {mode}"] = partial(ours, options, mode)
+        contestants[f"tetdist, {mode}"] = partial(step_of, options, recompute=RECOMPUTED[mode])
     return contestants
 
 
@@ -70,33 +62,19 @@ def relu_baseline(name: str) -> nn.Module | None:
     return timm.create_model(relu_name) if relu_name in timm.list_models("resnet*") else None
 
 
-def ours(options: argparse.Namespace, mode: str) -> Contestant:
-    """Make tetdist's network; timesteps: recompute segments of two timesteps."""
-    torch.manual_seed(0)
-    model = timm.create_model(options.model, timesteps=options.timesteps)
-    model.set_grad_checkpointing(mode != "none")
-    model.set_segment(2 if mode == "timesteps" else None)
-    return laid_out(options, model, batch_of(options), lambda x: model(x, per_timestep=True))
-
-
-def relu(options: argparse.Namespace, baseline: nn.Module) -> Contestant:
-    """Make the contestant of a ReLU network, which gets T times the batch."""
-    images = batch_of(options)
-    if images.ndim == 5:
-        images = images.flatten(0, 1)
-    else:
-        images = images.repeat(options.timesteps, 1, 1, 1)
-    shape = (options.timesteps, options.batch)
-    return laid_out(options, baseline, images, lambda x: baseline(x).unflatten(0, shape))
-
-
-def batch_of(options: argparse.Namespace) -> Tensor:
-    """Make random images (B, 3, H, W) or event frames (B, T, 2, H, W), by the network."""
-    channels, size = timm.get_pretrained_cfg(options.model).input_size[-3], pixels(options)
-    generator = torch.Generator().manual_seed(0)
-    frames = (options.timesteps,) if channels == 2 else ()
-    shape = (options.batch, *frames, channels, size, size)
-    return torch.rand(shape, generator=generator).to(options.device)
+def step_of(options: argparse.Namespace, **settings: Any) -> MadeUp:
+    """Make the training step of a single process; ``settings`` as in `training_step`."""
+    return training_step(
+        World(0, 1, torch.device(options.device), None),
+        options.model,
+        size=pixels(options),
+        batch=options.batch,
+        accumulation=1,
+        timesteps=options.timesteps,
+        precision=options.precision,
+        engine="torch",
+        **settings,
+    )
 
 
 def pixels(options: argparse.Namespace) -> int:
@@ -104,51 +82,20 @@ def pixels(options: argparse.Namespace) -> int:
     return int(options.size or timm.get_pretrained_cfg(options.model).input_size[-1])
 
 
-def laid_out(
-    options: argparse.Namespace,
-    model: nn.Module,
-    images: Tensor,
-    logits: Callable[[Tensor], Tensor],
-) -> Contestant:
-    """Return the contestant on its device, in channels_last memory."""
-    model.to(options.device)
-    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stub
-    if images.ndim == 4:
-        images = images.contiguous(memory_format=torch.channels_last)
-    return Contestant(model.train(), images, logits)
-
-
-def step_of(options: argparse.Namespace, contestant: Contestant) -> Callable[[], None]:
-    """Return a function that makes a step, and waits until the device has done it."""
-    model, images, logits = contestant
-    labels = torch.arange(options.batch, device=options.device) % 10
-
-    def step() -> None:
-        model.zero_grad(set_to_none=True)
-        with autocast(images.device, options.precision):
-            output = logits(images)
-        tet_loss(output, labels, lambda_=0.001).backward()
-        if options.device == "cuda":
-            torch.cuda.synchronize()
-
-    return step
-
-
 # --- time -----------------------------------------------------------------------------------------
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Measure each contestant's seconds a step: medians over rounds in which all take turns."""
-    choose_algorithms(options.precision)
-    steps = {name: step_of(options, make()) for name, make in contestants_of(options).items()}
-    warm_up = {}
+    steps = {name: make().take for name, make in contestants_of(options).items()}
+    warm_up, together = {}, TOGETHER if options.device == "cuda" else 1
     for name, step in steps.items():
         try:
             warm_up[name] = seconds_of(step) + seconds_of(step)
         except ValueError as error:  # of batch norm, about a single value
             raise UserError(f"{name}: {error}; raise --batch, --size or --timesteps") from error
         print(f"{name}: first two steps {warm_up[name]:.1f} s", file=sys.stderr, flush=True)
-    timed = {name: partial(seconds_of, step) for name, step in steps.items()}
+    timed = {name: partial(seconds_of, step, together) for name, step in steps.items()}
     seconds = in_turns(timed, options.repeats)
     rows = [
         row_of(name, seconds, options.batch)
@@ -166,7 +113,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     return {key: getattr(options, key) for key in keys} | read | {"rows": rows}
 
 
-def peak_mib(step: Callable[[], None]) -> float:
+def peak_mib(step: Callable[[], object]) -> float:
     """Return the peak MiB that a step allocates on the GPU, beyond those allocated before it."""
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
@@ -174,11 +121,14 @@ def peak_mib(step: Callable[[], None]) -> float:
     return (torch.cuda.max_memory_allocated() - before) / MIB
 
 
-def seconds_of(step: Callable[[], object]) -> float:
-    """Return the seconds that a call takes."""
+def seconds_of(step: Callable[[], object], number: int = 1) -> float:
+    """Return the seconds of each of so many calls, after which the host waits for a GPU."""
     started = time.perf_counter()
-    step()
-    return time.perf_counter() - started
+    for _ in range(number):
+        step()
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    return (time.perf_counter() - started) / number
 
 
 def in_turns(steps: Mapping[str, Callable[[], float]], repeats: int) -> dict[str, list[float]]:

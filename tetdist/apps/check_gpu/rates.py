@@ -14,9 +14,12 @@ from tetdist.apps.check_gpu.check import Finding, Machine
 
 BATCHES = (32, 64, 128)
 MEASURED = {"model": "sew_resnet34", "timesteps": 4, "precision": "bf16"}
-# Least ratios to the ReLU network's rate that are as expected, and slow; kernels that read and
-# write each number once reach 1.06 on an H100. Nothing that does all of its work is twice as fast.
-REACHED, SLOWLY, AT_MOST = 0.7, 0.35, 2.0
+# Least ratios to the ReLU network's rate that are as expected, and slow. If convolutions reach 30 %
+# of an H100's peak and all else its bandwidth, a step (b=32) is computed to take 0.88 to 0.90 of the
+# ReLU network's time, both with the optimiser: its rate is 1 / 0.90 = 1.11 of ReLU's. Expected is a
+# step that takes at most 1.5 times as long, 1.11 / 1.5 = 0.74; one that takes more than 3 times as
+# long is bad, 1.11 / 3 = 0.37. Nothing that does all of its work is twice as fast.
+REACHED, SLOWLY, AT_MOST = 0.74, 0.37, 2.0
 # GPUs of one kind differ by some percent; a slower one slows the whole run down.
 SLOWER = 0.1
 KERNELS = "tetdist's kernels are slower than they should be: report this with the JSON file"
@@ -27,7 +30,7 @@ def check_rates(here: Machine) -> Finding:
     """Measure images a second and peak memory of sew_resnet34's training steps, by batch size."""
     own: dict[int, dict[str, Any]] = {}
     texts = []
-    size, batches, repeats = (224, BATCHES, 20) if here.on_gpu else (33, (2,), 2)
+    size, batches, repeats = (224, BATCHES, 10) if here.on_gpu else (33, (2,), 2)
     device = here.world.device.type
     for batch in batches:
         here.progress(f"batch {batch}")

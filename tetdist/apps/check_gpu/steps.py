@@ -10,8 +10,8 @@ from unittest import mock
 import torch
 from torch import Tensor
 
+from tetdist.apps.benchmarks.made_up import MadeUp, initial, training_step
 from tetdist.apps.check_gpu.check import Finding, Machine
-from tetdist.apps.check_gpu.made_up import MadeUp, initial, training_step
 from tetdist.nn import batch_norm
 from tetdist.nn.precision import autocast, choose_algorithms, place
 from tetdist.training.objective import compute_loss
