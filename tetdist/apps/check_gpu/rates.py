@@ -15,10 +15,10 @@ from tetdist.apps.check_gpu.check import Finding, Machine
 BATCHES = (32, 64, 128)
 MEASURED = {"model": "sew_resnet34", "timesteps": 4, "precision": "bf16"}
 # Least ratios to the ReLU network's rate that are as expected, and slow. If convolutions reach 30 %
-# of an H100's peak and all else its bandwidth, a step (b=32) is computed to take 0.88 to 0.90 of the
-# ReLU network's time, both with the optimiser: its rate is 1 / 0.90 = 1.11 of ReLU's. Expected is a
-# step that takes at most 1.5 times as long, 1.11 / 1.5 = 0.74; one that takes more than 3 times as
-# long is bad, 1.11 / 3 = 0.37. Nothing that does all of its work is twice as fast.
+# of an H100's peak, a step (b=32) is computed to take 0.88 to 0.90 of the ReLU network's time: its
+# rate is 1 / 0.90 = 1.11 of ReLU's. Expected is a step that takes at most 1.5 times as long as
+# computed, 1.11 / 1.5 = 0.74; one that takes more than 3 times as long is bad, 1.11 / 3 = 0.37.
+# Nothing that does all of its work is twice as fast.
 REACHED, SLOWLY, AT_MOST = 0.74, 0.37, 2.0
 # GPUs of one kind differ by some percent; a slower one slows the whole run down.
 SLOWER = 0.1
