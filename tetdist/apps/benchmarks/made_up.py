@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from tetdist import models
 from tetdist.config.loading import parse
 from tetdist.config.schema import RunConfig
+from tetdist.config.sections.training import SegmentsSection
 from tetdist.data import mixing
 from tetdist.data.transforms import micro_batch_mix
 from tetdist.distributed.world import World
@@ -88,7 +89,7 @@ def training_step(
     model = initial(config, instead).to(world.device)
     if config.recompute != "none":
         model.set_grad_checkpointing(True)
-    if config.recompute not in ("none", "blocks"):
+    if isinstance(config.recompute, SegmentsSection):
         model.set_segment(config.recompute.timesteps)
     if config.batch_norm.sync:
         batch_norm.synchronize(model, world.mean_, world.world_size)
