@@ -29,10 +29,11 @@ _ELSEWHERE = {
     "warmup": "set phases.0.warmup_epochs",
 }
 
-# Pydantic's words for the other types are clear.
+# Pydantic's words for other errors are clear.
 _TYPES = {
     "dict_type": "must hold keys and values, such as {key: value}",
     "string_type": "must be text, in quotes",
+    "too_short": "must not be empty",
     "tuple_type": "must be a list, in brackets",
 }
 
