@@ -25,6 +25,8 @@ TORCH, DEEPSPEED, ZERO_1, ZERO_2 = (
     ("deepspeed", 1),
     ("deepspeed", 2),
 )
+KEPT = {"torch_autocast_z0_gradscaler", "enable_backward_allreduce", "allreduce_gradients"}
+KEPT |= {"get_global_grad_norm", "was_step_applied"}
 NAN, INF = float("nan"), float("inf")
 
 
@@ -288,3 +290,25 @@ def test_missing_deepspeed_is_named(world, monkeypatch):
     message = f"DeepSpeed is not installed: {pip_install('train,cuda130')};"
     with pytest.raises(UserError, match=re.escape(message)):
         made(DEEPSPEED, network(), world, {})
+
+
+@pytest.mark.parametrize(
+    ("engine", "name"),
+    [
+        (DEEPSPEED, "torch_autocast_z0_gradscaler"),
+        (DEEPSPEED, "enable_backward_allreduce"),
+        (ZERO_1, "_hp_mapping"),
+        (ZERO_2, "get_global_grad_norm"),
+    ],
+)
+def test_a_renamed_name_of_deepspeed_is_refused(engine, name, world, monkeypatch):
+    model = network()
+    monkeypatch.setattr(
+        deepspeed_engines,
+        "_initialize",
+        lambda *_: type("Engine", (), dict.fromkeys(KEPT - {name})),
+    )
+    if name != "_hp_mapping":
+        next(model.parameters())._hp_mapping = None
+    with pytest.raises(UserError, match=rf"lacks {name}.*deepspeed==.*engine=torch"):
+        made(engine, model, world, {})

@@ -24,6 +24,11 @@ from tetdist.training.engines.base import (
     set_lr,
 )
 
+logger = logging.getLogger(__name__)
+
+# DeepSpeed's version that the tests run with; another may have renamed what is used here.
+TRIED = "0.19.8"
+
 
 class DeepSpeedEngine(WholeEngine):
     """DeepSpeed at ZeRO stage 0 with torch_autocast.
@@ -38,6 +43,7 @@ class DeepSpeedEngine(WholeEngine):
         # DeepSpeed's gradient_clipping is 1.0 by default; here update() clips.
         self.engine = _initialize(parts, {"gradient_clipping": 0.0})
         # DeepSpeed's scaler hides overflows and does not save its scale, so scaling is done here.
+        _require(self.engine, "torch_autocast_z0_gradscaler", "enable_backward_allreduce")
         self.engine.torch_autocast_z0_gradscaler = None
         self.engine.enable_backward_allreduce = False
         super().__init__(parts)
@@ -80,6 +86,8 @@ class ZeroEngine:
             "zero_allow_untested_optimizer": True,
         }
         self.engine = _initialize(parts, settings)
+        _require(self.engine, "allreduce_gradients", "get_global_grad_norm", "was_step_applied")
+        _require(self.groups[0][0], "_hp_mapping")
         # It averages the gradients at the end of the last backward pass.
         average = self.engine.allreduce_gradients
         self.engine.allreduce_gradients = self.world.waiting.measured()(average)
@@ -94,13 +102,12 @@ class ZeroEngine:
         assert self.engine.is_gradient_accumulation_boundary()
         set_lr(self.optimizer, lr)
         self.engine.step()
-        zero = self.engine.optimizer
         # DeepSpeed's step has already read on the host whether the norm is finite.
-        norm, device = zero._global_grad_norm, self.world.device
+        norm, device = self.engine.get_global_grad_norm(), self.world.device
         if not isinstance(norm, Tensor):
             norm = torch.full((), norm, device=device)
         # Filling is one kernel; copying a number from the host would wait for the device again.
-        return Update(norm.float(), torch.full((), not zero.overflow, device=device))
+        return Update(norm.float(), torch.full((), self.engine.was_step_applied(), device=device))
 
     def optimizer_state(self) -> dict[str, Any]:
         states: dict[int, dict[str, Any]] = {}
@@ -235,6 +242,7 @@ def _broadcasting_scalars(cls: Any, model: nn.Module) -> Iterator[None]:
     DeepSpeed broadcasts byte views, which scalars do not have. Afterwards they must have their own
     shape again, which is that of their gradients.
     """
+    _require(cls, "_broadcast_model")
     original = cls._broadcast_model
     scalars = [parameter for parameter in model.parameters() if parameter.ndim == 0]
 
@@ -260,6 +268,17 @@ def _accumulate(engine: Any, loss: Tensor) -> None:
         engine.step()
 
 
+def _require(owner: Any, *names: str) -> None:
+    """Refuse a DeepSpeed that has renamed what is used here: setting it would do nothing."""
+    for name in names:
+        if not (name in owner if isinstance(owner, dict) else hasattr(owner, name)):
+            version = importlib.import_module("deepspeed").__version__
+            raise UserError(
+                f"DeepSpeed {version} lacks {name}, which tetdist uses; pip install "
+                f"deepspeed=={TRIED}, or train with engine=torch zero_stage=0"
+            )
+
+
 def _import_deepspeed(device: torch.device) -> Any:
     if importlib.util.find_spec("deepspeed") is None:
         raise UserError(
@@ -272,10 +291,14 @@ def _import_deepspeed(device: torch.device) -> Any:
     deepspeed = importlib.import_module("deepspeed")
     logging.getLogger().setLevel(level)
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    if deepspeed.__version__.split(".")[:2] != TRIED.split(".")[:2]:
+        logger.warning("DeepSpeed is %s; tetdist is tried with %s", deepspeed.__version__, TRIED)
     if device.type == "cpu":
         # init_distributed would compile a shared-memory reduction for half a minute, or fail
         # without a compiler. gloo is as good, and behaves the same on one host and on several.
         ops = importlib.import_module("deepspeed.ops")
+        _require(ops, "__compatible_ops__")
+        _require(ops.__compatible_ops__, "deepspeed_shm_comm")
         ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(
         dist_backend="nccl" if device.type == "cuda" else "gloo",
@@ -285,6 +308,7 @@ def _import_deepspeed(device: torch.device) -> Any:
     )
     # DeepSpeed keeps a group of all processes for good, but the group ends with its run.
     groups: Any = importlib.import_module("deepspeed.utils.groups")
+    _require(groups, "_WORLD_GROUP")
     if groups._WORLD_GROUP not in dist.distributed_c10d._world.pg_map:
         groups._WORLD_GROUP = None
     return deepspeed
