@@ -1,5 +1,6 @@
 """State that the training loop keeps or resets between phases, and the best checkpoints."""
 
+import dataclasses
 import json
 import threading
 from collections import Counter
@@ -156,7 +157,12 @@ def test_speed_and_waiting_are_those_since_the_last_line(monkeypatch, caplog):
         found.restart(waited=8.3)
         now += 2
         found.add(4, update, sums * torch.nan, timesteps=0)
-        assert found.close(waited=8.3, scale=None)["samples_per_s"] == 5.5
+        values = found.close(waited=8.3, scale=None)
+        assert values["samples_per_s"] == 5.5
+        assert "peak_memory" not in values
+        found._world = dataclasses.replace(alone, device=torch.device("cuda"))
+        monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda _: 3 * 2**29)
+        assert found.close(waited=8.3, scale=None)["peak_memory"] == 1.5
     assert caplog.text.count("the loss is nan though its gradient is finite") == 1
 
 

@@ -90,6 +90,9 @@ class Window:
             "image_timesteps_per_s": self._timesteps * self._global_batch / seconds,
             **compared(ranks, seconds / steps),
         }
+        device = self._world.device
+        if device.type == "cuda":
+            values["peak_memory"] = torch.cuda.max_memory_allocated(device) / 2**30
         if scale is not None:
             values |= {"loss_scale": scale.value, "overflows": scale.overflows}
         self.sums.zero_()
