@@ -33,7 +33,13 @@ from tetdist.nn import neurons, norm_neuron
 from tetdist.nn.batch_norm import BatchNorm, defer_running_statistics, recomputing, synchronize
 from tetdist.nn.fast import build, dispatch, native, native_pool
 from tetdist.nn.neurons import LIF, make
-from tetdist.nn.norm_neuron import Neuron, NormAdd, NormNeuron, spiking_layers
+from tetdist.nn.norm_neuron import (
+    Neuron,
+    NormAdd,
+    NormNeuron,
+    carrying_membranes,
+    spiking_layers,
+)
 from tetdist.nn.packed import packed_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -150,6 +156,8 @@ def test_each_kind(implementation, kind):
     forms = zip(GIVEN, itertools.cycle(MODES), strict=False)
     if implementation == "triton":
         forms = [("normalised shortcut", "carried")]
+        if kind == "hard":
+            forms += [("shared", "training")]
         if kind in ("hard", "psn", "nilif", NORM_ADD):
             forms += [("no norm", "carried"), ("shared", "evaluation")]
     for what, mode in forms:
@@ -251,6 +259,10 @@ def test_types(implementation, dtype):
         neuron.execution = execution
         with IMPLEMENTATIONS[implementation]():
             results.append(results_of(neuron, lambda m: m(leaf), {"current": leaf}))
+            with carrying_membranes([neuron], None) as ends, torch.no_grad():
+                neuron(leaf)
+                (end,) = ends()
+        assert end.dtype == torch.promote_types(dtype, torch.float32)
     assert results[0]["output"].dtype == dtype
     assert torch.equal(results[0]["output"], results[1]["output"])
     ours, theirs = (result["gradient of current"].double() for result in results)

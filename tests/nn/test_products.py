@@ -115,6 +115,7 @@ def test_sums_are_exact_under_autocast(carries):
 HARD = dataclasses.replace(HALVING_NEURON, threshold=64.0, surrogate_width=0.05)
 SOFT = LIF(decay=0.5, threshold=64, reset="soft", surrogate="atan", surrogate_width=0.05)
 LEARNED = PLIF(threshold=32, reset="soft", decay_input=False, surrogate_width=32)
+SCALED = PLIF(threshold=2, surrogate_width=2)
 # A neuron; timesteps, heads, channels of queries and of values in a head, height and width; whether
 # membranes are carried.
 FIRED = {
@@ -124,6 +125,7 @@ FIRED = {
     # k^T v is up to 15^2 x 20, and 8^2 x 49 in eighths: two parts in float16.
     "ilif": (ILIF(most_spikes=15, threshold=2.0**14), (2, 1, 16, 16, 4, 5), True),
     "nilif": (NILIF(most_spikes=8, threshold=16), (4, 1, 30, 33, 7, 7), False),
+    "plif, scaled input": (SCALED, (3, 1, 9, 11, 3, 5), True),
 }
 
 
