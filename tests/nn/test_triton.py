@@ -23,11 +23,12 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 CPU = torch.device("cpu")
 
 
-def test_statistics_of_many_rows_do_not_cancel():
+@pytest.mark.parametrize("average", [None, lambda moments: moments], ids=["own", "averaged"])
+def test_statistics_of_many_rows_do_not_cancel(average):
     x = (1000 + draw(0, 2, 5000, 3)).float()
     norm = BatchNorm(3, scale=0.7).train()
     randomize(norm)
-    norm.deferred = True
+    norm.deferred, norm.average = True, average
     kernels = triton_kernels.NeuronKernels(LIF(), 2, carries=False, packs=False)
     with interpreted(), torch.no_grad():
         gain, offset, mean, rstd = kernels.normalization(norm, x)
