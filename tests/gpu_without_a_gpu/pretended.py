@@ -86,6 +86,11 @@ def seeded(*_: Any) -> None:
         _active.refuse_in_graph("a seed")
 
 
+def _set_draws(state: int, *_: Any) -> None:
+    if _active is not None:
+        _active.draws = state
+
+
 def within(phase: str, call: Callable[..., Any]) -> Callable[..., Any]:
     """A function during which a phase of the step runs."""
 
@@ -209,6 +214,8 @@ class _Graph:
     captured: Graph | None = None
 
     def replay(self) -> None:
+        if _active is not None:
+            _active.replayed_at.append(_active.draws)
         launched("cuda.graph")
         if (known := order()) is not None and self.captured is not None:
             known.replay(self.captured)
@@ -217,12 +224,15 @@ class _Graph:
 @contextlib.contextmanager
 def _graph(*arguments: Any, **options: Any) -> Iterator[None]:
     """What `torch.cuda.graph` does but once, before it captures: to wait, is not taken down."""
+    given = inspect.signature(torchs_graphs.graph).bind(*arguments, **options).arguments
     graph, its_stream, mode = (
-        inspect.signature(torchs_graphs.graph).bind(*arguments, **options).arguments[name]
-        for name in ("cuda_graph", "stream", "capture_error_mode")
+        given[name] for name in ("cuda_graph", "stream", "capture_error_mode")
     )
-    if mode != "thread_local" and _active is not None:
-        _active.ungraphed.append(f"capture_error_mode={mode}: the batches' thread breaks it")
+    if _active is not None:
+        # Without a pool, torch makes one of its own for each graph.
+        _active.captured_in.append((its_stream.number, given.get("pool") or next(_NEW)))
+        if mode != "thread_local":
+            _active.ungraphed.append(f"capture_error_mode={mode}: the batches' thread breaks it")
     with contextlib.ExitStack() as stack:
         stack.enter_context(stream(its_stream.number))
         stack.enter_context(capturing())
@@ -231,9 +241,9 @@ def _graph(*arguments: Any, **options: Any) -> Iterator[None]:
         yield
 
 
-def capturing() -> contextlib.AbstractContextManager[None]:
+def capturing(first: "_Capture | None" = None) -> contextlib.AbstractContextManager[None]:
     """A context in which all goes into a graph."""
-    return contextlib.nullcontext() if _active is None else _active.capturing()
+    return contextlib.nullcontext() if _active is None else _active.capturing(first)
 
 
 def compared(
@@ -243,20 +253,21 @@ def compared(
     captured; before it, libraries and kernels have to be loaded by other calls."""
 
     @functools.wraps(capture)
-    def wrapped(function: Callable[[], Tensor], pool: Any) -> tuple[Tensor, Callable[[], None]]:
+    def wrapped(function: Callable[[], Tensor], *where: Any) -> tuple[Tensor, Callable[[], None]]:
         calls = itertools.count()
 
         def counted() -> Tensor:
             next(calls)
             return function()
 
-        result, replay = capture(counted, pool)
+        result, replay = capture(counted, *where)
+        first = _active.captures[-1] if _active is not None else None
         if (number := next(calls)) < 3 and _active is not None:
             _active.ungraphed.append(f"captured at call {number} of the function")
 
         def replayed() -> None:
             replay()
-            with capturing():
+            with capturing(first):
                 function()
 
         return result, replayed
@@ -297,11 +308,11 @@ def install(library: Any) -> None:
         "check_error": lambda _status: None,
         "manual_seed": seeded,
         "manual_seed_all": seeded,
-        "get_rng_state": lambda *_: None,
-        "set_rng_state": lambda *_: None,
+        "get_rng_state": lambda *_: 0 if _active is None else _active.draws,
+        "set_rng_state": _set_draws,
         "CUDAGraph": _Graph,
         "graph": _graph,
-        "graph_pool_handle": lambda: (0, 1),
+        "graph_pool_handle": lambda: (0, next(_NEW)),
         "current_stream": lambda *_: _Stream(number=current_stream()),
         "default_stream": lambda *_: _Stream(number=0),
     }
@@ -406,6 +417,9 @@ class Recorder(TorchDispatchMode):
         layouts: Fused optimisers' tensors whose elements do not lie in the same order, and weights
             of convolutions that are not channels_last.
         captures: What was launched in each capture of a CUDA graph, one after another.
+        captured_in: Stream and pool of each CUDA graph.
+        draws: State of the device's generator: how many operations have drawn from it.
+        replayed_at: That state at each replay.
         ungraphed: What a capture refuses, or does not do again at a replay.
         order: Checks the order of all uses of memory, if given.
     """
@@ -419,6 +433,8 @@ class Recorder(TorchDispatchMode):
         self.refused: list[str] = []
         self.layouts: list[str] = []
         self.captures: list[_Capture] = []
+        self.captured_in: list[tuple[Any, Any]] = []
+        self.draws, self.replayed_at = 0, list[int]()
         self.ungraphed: list[str] = []
         self._capture: _Capture | None = None
         # Storages whose memory would be pinned; held, so that no other gets the address of one.
@@ -435,9 +451,9 @@ class Recorder(TorchDispatchMode):
         _active = None
         super().__exit__(*error)
 
-    def wait(self, what: str) -> None:
-        # A thread that brings batches may wait: others train meanwhile.
-        if self.order is None or self.order.host == HOST:
+    def wait(self, what: str, *, is_meant: bool = True) -> None:
+        # A thread that brings batches may wait where it means to: others train meanwhile.
+        if self.order is None or self.order.host == HOST or not is_meant:
             self.waits.append((self.phase, what))
 
     def waits_of(self, *phases: str) -> list[str]:
@@ -450,15 +466,15 @@ class Recorder(TorchDispatchMode):
             self.launches[self.phase, name] += number
 
     @contextlib.contextmanager
-    def capturing(self) -> Iterator[None]:
-        """A context whose launches go into a graph, and are compared with those of the first."""
+    def capturing(self, first: "_Capture | None" = None) -> Iterator[None]:
+        """A context whose launches go into a graph, and are compared with those of ``first``."""
         assert self._capture is None
         self._capture = capture = _Capture()
         try:
             yield
         finally:
             self._capture = None
-        if self.captures and (difference := self.captures[0].difference(capture)):
+        if first is not None and (difference := first.difference(capture)):
             self.ungraphed.append(f"capture {len(self.captures) + 1}: {difference}")
         self.captures.append(capture)
 
@@ -524,6 +540,7 @@ class Recorder(TorchDispatchMode):
         if any(x.device.type == "cpu" for x in results):
             self.refuse_in_graph(f"{name}, computed on the host,")
         if any(x.device.type == "cuda" for x in (*tensors, *results)):
+            self.draws += torch.Tag.nondeterministic_seeded in function.tags
             self.count(name, num_launches(function, arguments))
             if is_refused_if_deterministic(name, result):
                 self.refused.append(f"{name} at {_place()}")
@@ -582,7 +599,8 @@ class Recorder(TorchDispatchMode):
             self.refuse_in_graph("a copy to the device")
             if not (pinned and free):
                 kind = "a blocking" if pinned else "a pageable"
-                self.wait(f"{kind} copy {_described(source)} to the device at {_place()}")
+                what = f"{kind} copy {_described(source)} to the device at {_place()}"
+                self.wait(what, is_meant=not free)
                 return True
         elif (source_type, target_type) == ("cuda", "cpu"):
             into_pinned = name.startswith("aten.copy_") and self._is_pinned(arguments[0])

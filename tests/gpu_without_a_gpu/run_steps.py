@@ -140,6 +140,8 @@ def report(recorder: Recorder, error: str | None) -> dict[str, Any]:
         "refused": recorder.refused,
         "layouts": recorder.layouts,
         "captures": len(recorder.captures),
+        "captured_in": recorder.captured_in,
+        "replayed_at": recorder.replayed_at,
         "ungraphed": recorder.ungraphed,
         "unordered": recorder.order.faults if recorder.order else [],
         "launches": launches,

@@ -241,6 +241,23 @@ def test_a_graph_is_one_launch(ask):
     assert answer["captures"] == 5
 
 
+def test_graphs_of_several_timesteps_share_their_memory(ask):
+    """A pool gives memory of one capture to another on the same stream alone. What the calls before
+    a capture draw changes no random number."""
+    answer = ask(
+        "spiking_convnet",
+        *GRAPHS,
+        "phases.0.timesteps=[1, 2, 3, 4]",
+        steps=8,
+        fault=("tetdist.training.step:sums_of", "predicted = l", "loss.bernoulli(); predicted = l"),
+    )
+    assert_runs(answer)
+    assert len(answer["captured_in"]) == 4
+    assert len({tuple(map(str, where)) for where in answer["captured_in"]}) == 1
+    # Each replay has drawn one.
+    assert answer["replayed_at"] == list(range(8))
+
+
 @pytest.mark.parametrize(("recompute", "precision"), [("blocks", "fp16"), ("segments", "bf16")])
 def test_everything_in_a_graph(recompute, precision, ask):
     """Each micro-batch of two steps launches the same kernels, on the same memory, with the same

@@ -151,7 +151,7 @@ def test_a_capture_begins_warm_and_names_what_it_cannot_take(monkeypatch):
         return torch.zeros(())
 
     with pytest.raises(UserError) as caught:
-        graphs.capture(asking)
+        graphs.capture(asking, object, Stream)
     assert str(caught.value) == (
         "cuda_graphs: a micro-batch cannot be captured (operation not permitted when stream is "
         "capturing); set cuda_graphs=false"

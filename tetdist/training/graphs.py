@@ -44,7 +44,8 @@ class _Graph(NamedTuple):
 class Graphed:
     """A function of a micro-batch, captured at the first call with each T and then replayed.
 
-    The graphs share memory, because they run one after another and nothing else reads it.
+    The graphs share memory, because they run one after another and nothing else reads it. A pool
+    gives a block only to the stream that it was allocated on, so they share the stream, too.
     """
 
     def __init__(
@@ -64,6 +65,7 @@ class Graphed:
         self._norms = [module for module in model.modules() if isinstance(module, BatchNorm)]
         self._graphs: dict[int, _Graph] = {}  # by T
         self._pool = functools.cache(torch.cuda.graph_pool_handle)
+        self._stream = functools.cache(torch.cuda.Stream)
 
     def __call__(self, *inputs: Tensor) -> Tensor:
         """Return the function's result, in a tensor that the next call overwrites.
@@ -99,7 +101,7 @@ class Graphed:
 
         device = given[0].device
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            captured = capture(once, self._pool)
+            captured = capture(once, self._pool, self._stream)
         after = [norm.pending_count for norm in self._norms]
         records = [now - then for now, then in zip(after, before, strict=True)]
         for norm, count in zip(self._norms, counts, strict=True):
@@ -113,12 +115,17 @@ class Graphed:
         self._graphs[self._model.timesteps] = _Graph(inputs, records, captured)
 
 
-def capture(function: Callable[[], Tensor], pool: Callable[[], Any] = lambda: None) -> Captured:
+def capture(
+    function: Callable[[], Tensor],
+    pool: Callable[[], Any],
+    side_stream: Callable[[], torch.cuda.Stream],
+) -> Captured:
     """Capture a function as a CUDA graph.
 
     Args:
         function: A function that launches the same kernels on the same memory at every call.
         pool: Returns the memory pool of torch that the graph shares with others.
+        side_stream: Returns the stream of the capture, the same for all graphs that share a pool.
 
     Returns:
         The function's result, in the graph's own memory, and a function that replays the graph.
@@ -127,7 +134,7 @@ def capture(function: Callable[[], Tensor], pool: Callable[[], Any] = lambda: No
         UserError: Some operation cannot be captured, such as reading a number from the device.
     """
     graph = torch.cuda.CUDAGraph()
-    present, stream = torch.cuda.current_stream(), torch.cuda.Stream()
+    present, stream = torch.cuda.current_stream(), side_stream()
     stream.wait_stream(present)
     with torch.cuda.stream(stream):
         for _ in range(WARM_UPS):
