@@ -18,7 +18,10 @@ from tetdist.nn.fast import dispatch
 @pytest.mark.parametrize(
     ("reasons", "refusal"),
     [
-        ([None, None, "no ptxas"], r"on 2 of 3 processes, but not on rank 2 \(no ptxas\)"),
+        (
+            [None, None, "no ptxas"],
+            r"attention work on 2 of 3 processes, but not on rank 2 \(no ptxas\)",
+        ),
         ([None, "no gcc", None], r"on 2 of 3 processes, but not on rank 1 \(no gcc\)"),
         ([None] * 3, None),
         (["no gcc"] * 3, None),
@@ -26,8 +29,9 @@ from tetdist.nn.fast import dispatch
 )
 def test_kernels_work_on_all_processes_or_on_none(reasons, refusal, monkeypatch):
     """Of three processes, the second is this one."""
-    monkeypatch.setattr(dispatch, "decide", lambda _device, gather: gather(reasons[1]))
-    monkeypatch.setattr(World, "gather", lambda _, mine: [reasons[0], mine, reasons[2]])
+    first, own, last = ({"attention": reason} if reason else {} for reason in reasons)
+    monkeypatch.setattr(dispatch, "decide", lambda _device, gather: gather(own))
+    monkeypatch.setattr(World, "gather", lambda _, mine: [first, mine, last])
     with pytest.raises(UserError, match=refusal) if refusal else nullcontext():
         choose_kernels(World(1, 3, torch.device("cuda"), None))
 

@@ -30,7 +30,7 @@ def test_triton_takes_kernels_from_there(folder, monkeypatch):
         triton.knobs.compilation, "listener", lambda *, cache_hit, **_: hits.append(cache_hit)
     )
     monkeypatch.setattr(triton_kernels, "unpack", lambda values, *_: values / 4)
-    triton_kernels.check(torch.device("cpu"))
+    triton_kernels.check("neurons", torch.device("cpu"))
     for _ in range(2):
         compiled(packing()[0], 90)
     assert hits == [False, True]
