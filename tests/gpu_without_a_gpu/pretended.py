@@ -15,6 +15,7 @@ import itertools
 import os
 import traceback
 import types
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -163,18 +164,25 @@ class _Event:
         self.number = -next(_NEW)  # the library's events have positive numbers
 
     def record(self, stream: _Stream | None = None) -> None:
-        self._total = 0 if _active is None else _active.total
+        if _active is not None:
+            self._total = _active.total
+            _active.events.add(self)
+            _active.num_events += 1
         _on_event(False, self.number, current_stream() if stream is None else stream.number)
 
     def synchronize(self) -> None:
         # After an event of long ago, the device still has enough work while the host waits.
-        if _active is None or _active.total - self._total < MUCH_WORK:
+        if not self.query():
             waited("Event.synchronize()")
         if (known := order()) is not None:
             known.wait_for_event(self.number)
 
-    def elapsed_time(self, _end: Any) -> float:
-        waited("Event.elapsed_time()")
+    def query(self) -> bool:
+        return _active is not None and _active.total - self._total >= MUCH_WORK
+
+    def elapsed_time(self, end: "_Event") -> float:
+        if not end.query():
+            waited("Event.elapsed_time()")
         return 1.0
 
 
@@ -428,6 +436,7 @@ class Recorder(TorchDispatchMode):
         super().__init__()
         self.order = order
         self.phase, self.total = "input", 0
+        self.events, self.num_events = weakref.WeakSet[_Event](), 0  # kept, and recorded
         self.launches: Counter[tuple[str, str]] = Counter()
         self.waits: list[tuple[str, str]] = []
         self.refused: list[str] = []

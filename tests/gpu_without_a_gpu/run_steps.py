@@ -140,6 +140,7 @@ def report(recorder: Recorder, error: str | None) -> dict[str, Any]:
         "captures": len(recorder.captures),
         "captured_in": recorder.captured_in,
         "replayed_at": recorder.replayed_at,
+        "events": (len(recorder.events), recorder.num_events),
         "ungraphed": recorder.ungraphed,
         "unordered": recorder.order.faults if recorder.order else [],
         "launches": launches,

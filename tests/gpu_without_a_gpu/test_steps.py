@@ -161,6 +161,13 @@ def test_synchronised_batch_norm_takes_at_most_three_more_launches_a_norm(ask):
     assert 2 * norms < next(steps) - next(steps) <= 3 * norms
 
 
+def test_events_of_collectives_are_not_kept_until_the_line_of_metrics(ask):
+    answer = ask("spiking_convnet", *ENGINES["torch"], "batch_norm.sync=true", steps=20)
+    assert_runs(answer)
+    kept, made = answer["events"]
+    assert 0 < kept < made / 5
+
+
 def test_gradients_are_added_up_in_a_few_launches(ask):
     """Not in one for each parameter, of which a sew_resnet34 has 110."""
     one, two = (ask("sew_resnet34", *ENGINES["torch"], micro_batches=n) for n in (1, 2))

@@ -29,8 +29,8 @@ def test_a_line_names_its_slowest_rank():
     assert compared([RankTimes("a", 1.0, 0.1)], 2.0) == {"data_wait": 5}
 
 
-def test_a_gpu_is_asked_only_at_the_end_of_a_window(monkeypatch):
-    clock = iter([100.0, 150.0, 300.0, 320.0])
+def test_a_gpu_is_asked_only_of_what_it_has_finished(monkeypatch):
+    clock, finished_at = iter([100.0, 150.0, 300.0, 320.0, 400.0, 401.0]), 0.0
     asked = []
 
     class Event:
@@ -39,6 +39,9 @@ def test_a_gpu_is_asked_only_at_the_end_of_a_window(monkeypatch):
 
         def record(self):
             self.milliseconds = next(clock)
+
+        def query(self):
+            return self.milliseconds <= finished_at
 
         def elapsed_time(self, end):
             asked.append(end.milliseconds - self.milliseconds)
@@ -49,5 +52,10 @@ def test_a_gpu_is_asked_only_at_the_end_of_a_window(monkeypatch):
     for _ in range(2):
         with waiting.measured():
             assert not asked
-    assert waiting.take() == pytest.approx(0.07)
+    assert not asked
+    finished_at = 350.0
+    with waiting.measured():
+        pass
+    assert asked == [50.0, 20.0]
+    assert waiting.take() == pytest.approx(0.071)
     assert waiting.take() == 0

@@ -2,6 +2,7 @@
 
 import contextlib
 import time
+from collections import deque
 from collections.abc import Iterator
 
 import torch
@@ -12,7 +13,7 @@ class Waiting:
 
     def __init__(self, device: torch.device) -> None:
         self._on_gpu, self._seconds = device.type == "cuda", 0.0
-        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        self._events: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()
 
     @contextlib.contextmanager
     def measured(self) -> Iterator[None]:
@@ -23,6 +24,9 @@ class Waiting:
             yield
             ended.record()
             self._events.append((began, ended))
+            # So that few are kept: synchronised batch norm makes two for each norm.
+            while self._events and self._events[0][1].query():
+                self._add_first()
         else:
             began_at = time.monotonic()
             yield
@@ -30,6 +34,11 @@ class Waiting:
 
     def take(self) -> float:
         """Return the seconds since the last call; the GPU must have finished."""
-        on_gpu = sum(began.elapsed_time(ended) for began, ended in self._events) / 1000
-        seconds, self._seconds, self._events = self._seconds + on_gpu, 0.0, []
+        while self._events:
+            self._add_first()
+        seconds, self._seconds = self._seconds, 0.0
         return seconds
+
+    def _add_first(self) -> None:
+        began, ended = self._events.popleft()
+        self._seconds += began.elapsed_time(ended) / 1000
