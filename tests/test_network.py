@@ -49,9 +49,9 @@ def test_data_to_evaluate_alone_are_not_trained_on(tiny_copy, tiny_config):
     events = load(tiny_config({"data.root": str(tiny_copy), "data.kind": "events"}), [])
     with join("cpu") as world:
         with pytest.raises(UserError, match=r"images; give a folder of events, or train with"):
-            open_split(events, "val", world)
+            open_split(events.data, "val", world)
         with pytest.raises(UserError, match=r"there is no index .*make it with .*--splits train"):
-            open_split(config, "train", world)
+            open_split(config.data, "train", world)
         shutil.rmtree(tiny_copy / "train")
         with pytest.raises(UserError, match=r"no split 'train', only val, which .*eval.* eval"):
-            open_split(config, "train", world)
+            open_split(config.data, "train", world)

@@ -212,7 +212,7 @@ def measured(study: Path) -> dict[str, Any]:
             print(run, file=sys.stderr)
             weights, description = checkpoint.load_model_file(run)
             config = evaluation_config(description.config, str(run), {"threads": 1})
-            index = open_split(config, "train", world)
+            index = open_split(config.data, "train", world)
             model = load_model(config, index, weights, run, world)
             model.set_timesteps(description.timesteps)
             measurement = measure(Landscape(model.eval(), config, index), 0 if seed else GRID)

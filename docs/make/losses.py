@@ -97,7 +97,7 @@ def calibration_error(run: StudyRun) -> float:
             rights.append((decided == labels).double())
 
         with join("cpu") as world:
-            model, split = load(run.folder).model, open_split(run.config, "val", world)
+            model, split = load(run.folder).model, open_split(run.config.data, "val", world)
             Evaluator(model, run.config, split, world, lambda: None).run(run.name, also=count)
         confidence, right = torch.cat(confidences), torch.cat(rights)
         place = (confidence * BINS).ceil().long() - 1

@@ -66,7 +66,7 @@ def outputs_of(run: StudyRun) -> dict[str, Samples]:
         model = load(run.folder).model
         outputs: dict[str, Any] = {}
         with join("cpu") as world:
-            held, test = open_data(run.config, world)[1], open_split(run.config, "val", world)
+            held, test = open_data(run.config, world)[1], open_split(run.config.data, "val", world)
             for part, index in {"held": held, "test": test}.items():
                 outputs[f"{part} labels"] = index.labels
                 for name, change in CHANGES.items() if part == "held" else [("", iter)]:

@@ -58,7 +58,7 @@ def outputs_of(run: StudyRun, split: str) -> tuple[Tensor, Tensor, Tensor, Tenso
     for layer in firing_layers(model).values():
         layer.register_forward_hook(count)
     with join("cpu") as world:
-        index = open_split(config, split, world)
+        index = open_split(config.data, split, world)
         with eval_loader(config, index, world) as batches:
             for batch in batches:
                 with autocast(world.device, config.precision):

@@ -458,7 +458,7 @@ def test_the_configuration_names_transforms_which_change_training_alone(tiny_roo
 
     def evaluated(*names):
         config = load(tiny_config({"data.transforms": list(names)}), [])
-        build.check_augmentation(config, index)
+        build.check_augmentation(config.data, index)
         with join("cpu") as world:
             return images_and_ids(build.eval_loader(config, index, world), 2)
 

@@ -125,7 +125,7 @@ def test_training_data_alone_are_indexed(image_root, images):
     world = World(0, 1, torch.device("cpu"), control=None)
     for split in ("train", "val"):
         with pytest.raises(UserError, match=f"index {root}`"):
-            open_split(config, split, world)
+            open_split(config.data, split, world)
     way_out = "add val/ and index it, or hold out training samples: data.held_out=0.1"
     assert way_out in images("index", root)
     output = images("index", root / "train", status=2)
@@ -133,7 +133,7 @@ def test_training_data_alone_are_indexed(image_root, images):
     output = images("index", root / "train" / "ant", status=2)
     assert f"this is a class folder itself: give {root}\n" in output
     with pytest.raises(UserError, match=way_out):
-        open_split(config, "val", world)
+        open_split(config.data, "val", world)
     output = images("index", (root / "train").rename(root / "flowers") / "ant", status=2)
     assert f"to evaluate only, to {root}/flowers/ant/val/CLASS, where one class is" in output
 

@@ -142,7 +142,7 @@ def test_pieces_of_event_data_stay_together(event_root):
     for seed in range(3):
         changes = {"name": "x", "model": model, "data": data, "seed": seed}
         config = parse(tiny.changed(tiny.CONFIG, changes), "x")
-        assert evaluated_split(config) == f"published-held-out-0.5-seed-{seed}"
+        assert evaluated_split(config.data, config.seed) == f"published-held-out-0.5-seed-{seed}"
         alone = World(0, 1, torch.device("cpu"), control=None)
         train, held = (files(part) for part in open_data(config, alone))
         both = {f"train/{name}/{i}.npy" for name in ("left", "right") for i in range(2)}

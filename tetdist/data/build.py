@@ -6,6 +6,7 @@ from functools import partial
 import numpy as np
 
 from tetdist.config.schema import RunConfig
+from tetdist.config.sections.data import DataSection
 from tetdist.data import batches, dali
 from tetdist.data.delivery import DeviceBatches
 from tetdist.data.loader import Batches, Loader
@@ -36,14 +37,20 @@ def train_loader(config: RunConfig, index: Index, world: World, step: int) -> Ba
         repeats=config.data.repeats,
     )
     make = partial(batches.train_batches, config.data, index, share, config.data.image_size)
-    return _delivered(config, world, make)
+    return _delivered(config.data, config.imports, world, make)
 
 
-def _delivered(config: RunConfig, world: World, make: Callable[[dali.Workers], Loader]) -> Batches:
-    """Make a loader for the run's device, in this process or in a separate one."""
-    data, on_gpu = config.data, world.device.type == "cuda"
+def _delivered(
+    data: DataSection,
+    imports: tuple[str, ...],
+    world: World,
+    make: Callable[[dali.Workers], Loader],
+) -> Batches:
+    """Make a loader for the run's device, in this process or in a separate one, which imports the
+    user's files."""
+    on_gpu = world.device.type == "cuda"
     decodes_there = data.device == "gpu"
-    own_process = in_own_process(config, world)
+    own_process = in_own_process(data, world)
     workers = dali.Workers(
         device=data.device,
         device_id=world.device.index if decodes_there else None,
@@ -57,20 +64,19 @@ def _delivered(config: RunConfig, world: World, make: Callable[[dali.Workers], L
         return make(workers)
     source: Batches
     if own_process:
-        source = LoaderProcess(partial(make, workers), config.imports, pinned=on_gpu)
+        source = LoaderProcess(partial(make, workers), imports, pinned=on_gpu)
     else:
         source = make(workers)
     return DeviceBatches(source, world.device)
 
 
-def in_own_process(config: RunConfig, world: World) -> bool:
+def in_own_process(data: DataSection, world: World) -> bool:
     """Return whether a separate process loads data: its threads would delay kernel launches."""
-    return world.device.type == "cuda" and config.data.device == "cpu"
+    return world.device.type == "cuda" and data.device == "cpu"
 
 
-def check_augmentation(config: RunConfig, index: Index) -> None:
+def check_augmentation(data: DataSection, index: Index) -> None:
     """Check that all transforms exist and that crops fit into the training images."""
-    data = config.data
     transforms_called(data.transforms)
     if data.kind == "events" or data.crop == "resized":
         return
@@ -89,7 +95,5 @@ def eval_loader(config: RunConfig, index: Index, world: World) -> Batches:
     """Make the iterator of this process's share of an evaluation on the split of ``index``."""
     ids = list(evaluation_batches(len(index), config.batch.eval, world.rank, world.world_size))
     # Transforms apply to training samples only.
-    without = config.model_copy(
-        update={"data": config.data.model_copy(update={"transforms": ()}), "imports": ()}
-    )
-    return _delivered(without, world, partial(batches.eval_batches, without.data, index, ids))
+    data = config.data.model_copy(update={"transforms": ()})
+    return _delivered(data, (), world, partial(batches.eval_batches, data, index, ids))

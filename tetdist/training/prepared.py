@@ -104,7 +104,7 @@ def prepare(config: RunConfig, world: World) -> Prepared:
 def _prepare(config: RunConfig, world: World) -> Prepared:
     _check_device(config, world)
     train, val = open_data(config, world)
-    data_split = evaluated_split(config)
+    data_split = evaluated_split(config.data, config.seed)
     bins, seen = train.timesteps or 0, max(phase.most_timesteps for phase in config.phases)
     if bins > seen and world.rank == 0:
         way = f"set phases.{len(config.phases) - 1}.timesteps={bins} to see all"

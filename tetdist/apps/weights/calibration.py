@@ -29,7 +29,7 @@ def calibration(
         folder = other.absolute()
         data = config.data.model_copy(update={"root": str(folder.parent), "index": None})
         config = config.model_copy(update={"data": data})
-        index = open_split(config, folder.name, world)
+        index = open_split(config.data, folder.name, world)
         shape, own = (one.frames(config.data) for one in (index, evaluator.index))
         if shape is not None and own is not None:
             needed = (timesteps, *own[1:])

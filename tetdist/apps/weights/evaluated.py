@@ -57,7 +57,7 @@ def open_evaluated(config: RunConfig, split: str | None, world: World, *, own_da
         raise UserError(f"data.root: there is no folder {data.root}; {make}give --data FOLDER")
     indexed = [one for one in ("train", "val") if index_file(data.index_dir, one).is_file()]
     if file.is_file() or indexed != ["train"] or Path(data.root, split or "val").is_dir():
-        return open_split(config, split or "val", world)
+        return open_split(config.data, split or "val", world)
     if split is not None or not own_data or not data.held_out:
         flags = " and ".join(["--split"] * (split is not None) + ["--data"] * (not own_data))
         other = f"; without {flags}, the run's held-out samples are taken" if data.held_out else ""
@@ -67,7 +67,7 @@ def open_evaluated(config: RunConfig, split: str | None, world: World, *, own_da
             f"give --split {alternative}{other}"
         )
     held = open_data(config, world)[1]
-    return dataclasses.replace(held, split=evaluated_split(config) or held.split)
+    return dataclasses.replace(held, split=evaluated_split(config.data, config.seed) or held.split)
 
 
 def with_classes_of_model(
