@@ -15,14 +15,13 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from graph_stand_ins import run_again
+from faults import faulty
 
 from tetdist.apps.check_gpu import numerics, rates, remedies, runs, steps, versions
 from tetdist.apps.check_gpu.check import Machine
 from tetdist.apps.check_gpu.numerics import ATTENTION
 from tetdist.distributed.world import World
 from tetdist.errors import pip_install
-from tetdist.training import graphs
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CPU, DTYPES = torch.device("cpu"), [torch.float32, torch.bfloat16, torch.float16]
@@ -65,6 +64,28 @@ def test_kernels_that_do_not_work_are_not_called_equal(here, monkeypatch):
     assert "do not work here" in numerics.check_numerics(here).text
 
 
+@pytest.mark.parametrize("leaks", [False, True])
+def test_numerics_sees_tf32_in_float32(here, monkeypatch, leaks):
+    """A GPU rounds a float32 convolution's inputs to ten bits, if it may."""
+    convolve = torch.nn.functional.conv2d
+
+    def rounded(x):
+        kept = x.detach().float().contiguous().view(torch.int32) + (1 << 12) >> 13 << 13
+        return x + (kept.view(torch.float32) - x).detach()
+
+    def as_on_gpu(*inputs, **options):
+        rounds = torch.backends.cudnn.allow_tf32 and inputs[0].dtype == torch.float32
+        return convolve(*(map(rounded, inputs) if rounds else inputs), **options)
+
+    monkeypatch.setattr(torch.nn.functional, "conv2d", as_on_gpu)
+    case = numerics.Case("lif", 3, 3, torch.float32, "training", "current")
+    monkeypatch.setattr(numerics, "cases", lambda _: [case])
+    fault = ("tetdist.nn.precision:choose_algorithms", "tf32 = precision == ", "tf32 = True or ")
+    with faulty(*fault) if leaks else contextlib.nullcontext():
+        found = numerics.check_numerics(here)
+    assert ("precision=fp32 differs" in found.text) == leaks, found
+
+
 def test_rounding_alone_is_not_called_wrong():
     """Half of the limits, with other inputs than those of the check."""
     for case in numerics.cases(DTYPES[:2])[::6]:
@@ -84,44 +105,76 @@ def test_a_single_nan_is_called_wrong(here, monkeypatch, name):
 OTHERS = "rank 1 has other weights than rank 0"
 AVERAGE = "by another average than one process computes alone"
 MADE_UP, STEP = "tetdist.apps.benchmarks.made_up:", "tetdist.training.step:Step."
+ENGINES = "tetdist.training.engines."
 RANK = "__import__('torch').distributed.get_rank()"
-# Name: the function and its line, what it has instead (see faults.py), and what the check says.
+# Name: the case; the function and its line, what it has instead (see faults.py), and what the check
+# says.
 # fmt: off
 AVERAGES = {
-    "none": None,
-    "a micro-batch is lost": (
-        "tetdist.training.engines.torch_engine:TorchEngine._run_backward",
+    "a micro-batch is lost": ("torch",
+        f"{ENGINES}torch_engine:TorchEngine._run_backward",
         "loss /", "loss * (self.mean._backward_passes % 2) /", AVERAGE),
-    "another learning rate on rank 1": (
-        "tetdist.training.engines.base:set_lr", "lr * group", f"(1 + {RANK}) * lr * group", OTHERS),
-    "statistics of each process": (
+    "another learning rate on rank 1": ("torch",
+        f"{ENGINES}base:set_lr", "lr * group", f"(1 + {RANK}) * lr * group", OTHERS),
+    "statistics of each process": ("batch_norm.sync",
         f"{MADE_UP}training_step", "if config.batch_norm.sync:", "if False:", AVERAGE),
-    "running statistics of rank 0": (
+    "running statistics of rank 0": ("torch",
         f"{STEP}_attempt", "self.world.mean_, update",
         f"lambda x: self.world.mean_(x * 2 * (0 == {RANK})), update", AVERAGE),
-    "a loss that is not finite": (
+    "a loss that is not finite": ("torch",
         f"{MADE_UP}MadeUp.__call__", "/ sums[SAMPLES]", "/ (0 * sums[SAMPLES])", "are not finite"),
+    "a loss scaled by another number than the gradient": ("fp16",
+        f"{ENGINES}base:WholeEngine.update", "1 / self.loss", "2 / self.loss", AVERAGE),
+    "the masks of another step": ("everything",
+        f"{STEP}_attempt", "self._draw(step,", "self._draw(step + 1,", AVERAGE),
+    "the phase's largest T": ("everything",
+        f"{STEP}_timesteps_of", "set_timesteps(timesteps)", "set_timesteps(4)", AVERAGE),
+    "an average of the other weight": ("everything",
+        "tetdist.training.ema:WeightAverage.update", "(1 - decay", "(decay", "moving average"),
+    "an optimiser's step undone": ("timm:lamb",
+        f"{ENGINES}base:prepare_step", "(~apply)", "apply", AVERAGE),
+    "a graph that reads the images of its capture": ("cuda_graphs",
+        "tetdist.training.graphs:Graphed.__call__", "static.copy_(tensor)", "pass", AVERAGE),
+    "a graph that draws the masks of its capture": ("everything, cuda_graphs",
+        "tetdist.training.graphs:Graphed.__call__",
+        "static.copy_(tensor)", "tensor.ndim != 2 and static.copy_(tensor)", AVERAGE),
 }
 # fmt: on
-# Prints what the check says of each fault.
+# Prints what the check says of small networks' cases without a fault, and of each fault. On a CPU,
+# float16 and DeepSpeed take long; others test that engine.
 CODE = """
 import contextlib, json, sys
 from pathlib import Path
 import torch
 sys.path.append(sys.argv[2])
 from faults import faulty
+from graph_stand_ins import run_again
 from tetdist.apps.check_gpu import steps
 from tetdist.apps.check_gpu.check import Machine
 from tetdist.distributed.world import join
+from tetdist.training import graphs
 
-made, ways, steps.STEPS = steps.training_step, steps.VARIANTS, 1
-steps.training_step = lambda world, _, **of: made(world, "spiking_convnet", **of | {"size": 28})
+def small(world, name, **of):
+    if name == "sew_resnet18":
+        of |= {"size": 28}
+        if "arguments" in of:
+            of["arguments"] = {"drop_rate": 0.2}
+    return made(world, "spiking_convnet" if name == "sew_resnet18" else name, **of)
+
+made, cases, steps.STEPS, steps.ON_GPU = steps.training_step, steps.CASES, 1, []
+steps.training_step, graphs.capture = small, run_again
+faults = json.loads(sys.argv[1])
 with join("cpu") as world:
     torch.set_num_threads(1)
-    for name, fault in json.loads(sys.argv[1]).items():
-        way = "batch_norm.sync" if name == "statistics of each process" else "torch"
-        steps.VARIANTS = {way: ways[way]}
-        with faulty(*fault[:3]) if fault else contextlib.nullcontext():
+    for name in (None, *faults):
+        case, *fault, _ = faults.get(name, [None, None])
+        if name is None:
+            chosen = [x for x in cases if "model" not in cases[x] and not x.startswith("deepspeed")]
+            chosen.remove("fp16, cuda_graphs")
+        else:
+            chosen = dict.fromkeys((steps.EQUAL[case], case))
+        steps.CASES = {one: cases[one] for one in chosen}
+        with faulty(*fault) if fault else contextlib.nullcontext():
             found = steps.check_steps(Machine(world, Path(".")))
         print(json.dumps([name, found.status, found.text]), flush=True)
 """
@@ -133,38 +186,17 @@ def test_steps_sees_averages_that_are_wrong(farm, tmp_path):
     for status, output in farm.side_by_side(2, command, tmp_path):
         assert status == 0, output[-1500:]
         found = [json.loads(line) for line in output.splitlines() if line.startswith("[")]
-        assert [name for name, _, _ in found] == list(AVERAGES)
+        assert [name for name, _, _ in found] == [None, *AVERAGES]
         for name, status, text in found:
-            fault = AVERAGES[name]
-            assert (fault[3] if fault else "1 steps of torch, on the CPU") in text, (name, text)
-            assert status == ("bad" if fault else "ok")
+            said = AVERAGES[name][-1] if name else "1 steps of torch, "
+            assert (said in text, status) == (True, "bad" if name else "ok"), (name, text)
 
 
-def test_steps_with_graphs_are_compared(here, monkeypatch):
-    """With what stands in for a graph on a CPU, and with one that goes wrong."""
-    made = steps.training_step
-    monkeypatch.setattr(
-        steps,
-        "training_step",
-        lambda world, _, **of: made(world, "spiking_convnet", **of | {"size": 28}),
-    )
-    monkeypatch.setattr(Machine, "on_gpu", True)
+def test_a_synchronisation_is_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", lambda _mode: None)
-    monkeypatch.setattr(steps, "VARIANTS", {"torch": steps.TORCH})
-    monkeypatch.setattr(steps, "VARIANTS_ON_GPU", {"cuda_graphs": steps.WITH_GRAPHS})
-
-    def without_new_images(function, *_):
-        result, replay = run_again(function)
-        replays = iter([replay])
-        return result, lambda: next(replays, lambda: None)()
-
-    for capture, said in (
-        (run_again, "3 steps of torch, cuda_graphs, without a synchronisation"),
-        (without_new_images, AVERAGE),
-    ):
-        monkeypatch.setattr(graphs, "capture", capture)
-        found = steps.check_steps(here)
-        assert (found.status == "ok", said in found.text) == (capture is run_again, True), found
+    for owner in (torch.cuda, torch.accelerator, torch.cuda.Event, torch.cuda.Stream):
+        with steps.refusing_synchronisation(), pytest.raises(RuntimeError, match="synchronizing"):
+            owner.synchronize()
 
 
 def test_resume_sees_one_weight_that_differs(here, monkeypatch):

@@ -1,24 +1,30 @@
 """The trainer's step on made-up batches, for benchmarks and checks that need no data."""
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
 import timm
 import torch
 from torch import Tensor, nn
 
-from tetdist import models
+from tetdist import models, order
 from tetdist.config.loading import parse
 from tetdist.config.schema import RunConfig
 from tetdist.config.sections.training import SegmentsSection
+from tetdist.data import mixing
+from tetdist.data.transforms import micro_batch_mix
 from tetdist.distributed.world import World
 from tetdist.nn import batch_norm
 from tetdist.nn.precision import choose_algorithms, parameter_type
 from tetdist.optimizers import make_optimizer
+from tetdist.training.ema import WeightAverage
 from tetdist.training.engines import make_engine
 from tetdist.training.engines.base import EngineParts
 from tetdist.training.step import LOSS, SAMPLES, Step
+
+SGD = {"kind": "sgd", "lr": 0.01}
 
 
 class Repeated(nn.Module):
@@ -58,7 +64,10 @@ def training_step(
     size: int,
     batch: int,
     accumulation: int,
-    timesteps: int = 4,
+    timesteps: Any = 4,
+    optimizer: Mapping[str, Any] = SGD,
+    arguments: Mapping[str, Any] | None = None,
+    data: Mapping[str, Any] | None = None,
     instead: nn.Module | None = None,
     **settings: Any,
 ) -> "MadeUp":
@@ -68,26 +77,27 @@ def training_step(
     ``settings`` are other keys of the configuration, such as ``engine``.
     """
     kind = {"kind": "events"} if models.input_kind(name) == "events" else {}
-    optimizer = {"kind": "sgd", "lr": 0.01}
     values = {
         "name": "check",
-        "model": {"name": name},
-        "data": {"root": "none", "image_size": size} | kind,
+        "model": {"name": name, "arguments": dict(arguments or {})},
+        "data": {"root": "none", "image_size": size} | kind | dict(data or {}),
         "batch": {"global": batch * accumulation * world.world_size, "micro": batch},
-        "phases": [{"epochs": 1, "timesteps": timesteps, "optimizer": optimizer}],
+        "phases": [{"epochs": 1, "timesteps": timesteps, "optimizer": dict(optimizer)}],
     }
     config = parse(values | settings, "the check")
     choose_algorithms(config.precision)
     model = initial(config, instead).to(world.device)
     if config.recompute != "none":
         model.set_grad_checkpointing(True)
-    if isinstance(config.recompute, SegmentsSection):
-        model.set_segment(config.recompute.timesteps)
     if config.batch_norm.sync:
         batch_norm.synchronize(model, world.mean_, world.world_size)
+    average = WeightAverage.of(model, config.ema)
     made = make_optimizer(model, config.optimizer_of(0))
     engine = make_engine(EngineParts(config, model, made, accumulation, world))
-    return MadeUp(Step(config, model, engine, world, range(accumulation)), size)
+    if average is not None:
+        average.follow()
+    numbers = order.rank_micro_batches(world.rank, world.world_size, config.batch.global_, batch)
+    return MadeUp(Step(config, model, engine, world, numbers, average=average), size)
 
 
 def initial(config: RunConfig, instead: nn.Module | None = None) -> Any:
@@ -95,7 +105,10 @@ def initial(config: RunConfig, instead: nn.Module | None = None) -> Any:
     torch.manual_seed(0)
     model: Any = instead
     if instead is None:
-        model = timm.create_model(config.model.name, timesteps=config.phases[0].most_timesteps)
+        section, timesteps = config.model, config.phases[0].most_timesteps
+        model = timm.create_model(section.name, timesteps=timesteps, **section.arguments)
+    if isinstance(config.recompute, SegmentsSection):
+        model.set_segment(config.recompute.timesteps)
     batch_norm.defer_running_statistics(model)
     return model.to(parameter_type(config.precision)).train()
 
@@ -110,7 +123,7 @@ class MadeUp:
         self._numbers = itertools.count()
 
     def batch_of(self, rank: int, number: int) -> tuple[Tensor, Tensor]:
-        """Return images, or event frames, and labels of a process; each process has other ones."""
+        """Return images, or event frames, and targets of a process; each process has other ones."""
         config, device = self.step.config, self.step.world.device
         channels = timm.get_pretrained_cfg(config.model.name).input_size[-3]
         generator = torch.Generator().manual_seed(3 * rank + number)
@@ -120,7 +133,13 @@ class MadeUp:
         images = torch.rand(shape, generator=generator).to(device, dtype)
         if not frames:
             images = images.contiguous(memory_format=torch.channels_last)
-        return images, (torch.arange(batch, device=device) + rank + number) % 10
+        labels = (torch.arange(batch, device=device) + rank + number) % 10
+        mix = micro_batch_mix(0, 0, np.arange(batch), (self.size, self.size), config.data)
+        if mix is None:
+            return images, labels
+        there = mixing.on_device(mix, device)
+        targets = mixing.mixed_targets(labels, there, self.step.model.num_classes, dtype)
+        return mixing.mixed_images(images, there), targets
 
     def take(self, lr: float = 0.01) -> Tensor:
         """Take a step; return its sums, as `Step.take`, without waiting for the device."""

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tetdist.apps.check_gpu.check import Finding, Machine
@@ -24,6 +25,7 @@ from tetdist.nn.norm_neuron import Neuron, NeuronLayer, NormAdd, NormNeuron, car
 from tetdist.nn.norm_pool import NormPool
 from tetdist.nn.packed import pack, packed_of, with_packed
 from tetdist.nn.parallel_neurons import PSN, SlidingPSN
+from tetdist.nn.precision import choose_algorithms
 from tetdist.nn.products import LinearAttention
 
 # Largest fraction of spikes that differ.
@@ -33,6 +35,9 @@ SPIKES_LIMIT = 2e-5
 LIMITS = {torch.float32: 1e-5, torch.bfloat16: 5e-3, torch.float16: 7e-4}
 # Inputs that a layer is tried with: if a spike is flipped, the sums of its batch norm also change.
 SEEDS = 3
+# Largest difference of a float32 convolution and its gradients: TF32's is thirty times as large.
+CONVOLUTION_LIMIT = 1e-5
+NOT_FLOAT32 = "unset TORCH_ALLOW_TF32_CUBLAS_OVERRIDE, or report this with the JSON file"
 MISSING = "fix the compiler that the warning names, or train without it (slower)"
 REMEDY = "train with execution=reference, and report this with the JSON file"
 # Other layers, by the name that a case gives in place of a kind of neuron.
@@ -191,6 +196,9 @@ def check_numerics(here: Machine) -> Finding:
     if kernels_for(LIF(), (current,), 4, carries=False, packs=False) is None:
         # Both would be the plain definition.
         return Finding("bad", "the fused kernels do not work here (see the warning above)", MISSING)
+    if not (apart := convolution_apart(here.world.device)) <= CONVOLUTION_LIMIT:
+        text = f"a convolution with precision=fp32 differs from float64's by {apart:.2g}"
+        return Finding("bad", f"{text} (limit {CONVOLUTION_LIMIT:g})", NOT_FLOAT32)
     # The C++ kernels serve no float16.
     layers = [*cases([*LIMITS]), *ON_GPU] if here.on_gpu else cases([*LIMITS][:2])
     # Processes of a host share compiled kernels, so each begins elsewhere.
@@ -209,6 +217,23 @@ def check_numerics(here: Machine) -> Finding:
         f"{len(layers)} layers are as defined, within {max(deviations.values()):.2f} of the limits"
     )
     return Finding("ok", text, None, {"of_limits": deviations})
+
+
+def convolution_apart(device: torch.device) -> float:
+    """Return the largest difference of a convolution, or of its gradients, with precision=fp32 from
+    float64, relative to its size."""
+    choose_algorithms("fp32")
+    generator = torch.Generator().manual_seed(0)
+    sizes = ((8, 64, 14, 14), (64, 64, 3, 3))
+    drawn = [torch.randn(one, generator=generator).to(device) for one in sizes]
+    computed = []
+    for dtype in (torch.float32, torch.float64):
+        images, weight = (x.to(dtype, copy=True).requires_grad_() for x in drawn)
+        out = F.conv2d(images, weight, padding=1)
+        gradients = torch.autograd.grad(out.square().sum(), (images, weight))
+        computed.append([x.detach().double() for x in (out, *gradients)])
+    pairs = zip(*computed, strict=True)
+    return max(float((ours - right).norm() / right.norm()) for ours, right in pairs)
 
 
 def compared(case: Case, device: torch.device) -> tuple[str, float]:
