@@ -17,7 +17,6 @@ import multiprocessing
 import os
 import statistics
 import sys
-import weakref
 from collections.abc import Callable, Iterator
 from functools import partial
 from multiprocessing.connection import Connection
@@ -26,7 +25,6 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 import pages
-import torch
 from relu_networks import relu_network
 from torch import Tensor, nn
 
@@ -35,6 +33,7 @@ from tetdist.apps.benchmarks.bench import MIB
 from tetdist.apps.benchmarks.made_up import MadeUp, Repeated
 from tetdist.storage.files import write_json
 from tetdist.tables import markdown
+from tetdist.training.memory import SavedBytes
 
 DOCS = Path(__file__).resolve().parents[1]
 RECORD, PAGE = DOCS / "performance/results.json", DOCS / "performance.md"
@@ -211,47 +210,6 @@ def fastest(options: argparse.Namespace, name: str) -> Iterator[tuple[Worker, st
     finally:
         for worker in workers.values():
             worker.end()
-
-
-class SavedBytes:
-    """Counter of the bytes that autograd holds for the backward pass: present and peak.
-
-    A storage counts once, however many operations keep it; parameters do not count.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        self.now = self.most = 0
-        self._holders: dict[int, int] = {}
-        self._ignored = {p.untyped_storage().data_ptr() for p in model.parameters()}
-
-    def _pack(self, tensor: Tensor) -> "_Kept":
-        storage = tensor.untyped_storage()
-        kept = _Kept(tensor)
-        pointer = storage.data_ptr()
-        if pointer not in self._ignored:
-            if pointer not in self._holders:
-                self.now += storage.nbytes()
-                self.most = max(self.most, self.now)
-            self._holders[pointer] = self._holders.get(pointer, 0) + 1
-            weakref.finalize(kept, self._released, pointer, storage.nbytes())
-        return kept
-
-    def _released(self, pointer: int, num_bytes: int) -> None:
-        self._holders[pointer] -= 1
-        if not self._holders[pointer]:
-            del self._holders[pointer]
-            self.now -= num_bytes
-
-    @contextlib.contextmanager
-    def counting(self) -> Iterator[None]:
-        """Count what is saved within this context."""
-        with torch.autograd.graph.saved_tensors_hooks(self._pack, lambda kept: kept.tensor):
-            yield
-
-
-class _Kept:
-    def __init__(self, tensor: Tensor) -> None:
-        self.tensor = tensor
 
 
 def kept_mib(options: argparse.Namespace, make: Callable[[], MadeUp]) -> float:

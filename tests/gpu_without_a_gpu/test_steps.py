@@ -6,6 +6,8 @@ the device, and kernels that are launched without need; they are blind to number
 """
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 import timm
@@ -18,6 +20,7 @@ RECOMPUTE = {
     "blocks": "recompute=blocks",
     "segments": "recompute={timesteps: 2}",
 }
+DOCS = Path(__file__).parents[2] / "docs"
 ENGINES = {
     "torch": ("engine=torch",),
     "deepspeed": ("engine=deepspeed",),
@@ -166,6 +169,26 @@ def test_events_of_collectives_are_not_kept_until_the_line_of_metrics(ask):
     assert_runs(answer)
     kept, made = answer["events"]
     assert 0 < kept < made / 5
+
+
+def test_a_lack_of_memory_is_explained_by_computed_figures(ask):
+    fault = (
+        "tetdist.training.step:Step._add_micro_batch",
+        "logits = self.engine.forward(images)",
+        "raise torch.OutOfMemoryError('CUDA out of memory')",
+    )
+    answer = ask("sew_resnet34", *ENGINES["torch"], "batch.micro=32", fault=fault)
+    assert "UserError: the GPU's memory is too small" in answer["error"]
+    figures = [float(one) for one in re.findall(r"about (\S+) GiB", answer["error"])]
+    everything, blocks, half = figures
+    assert blocks < everything / 4
+    # By image as it was counted on a CPU; the weights in bfloat16 do not depend on the batch.
+    record = json.loads((DOCS / "performance/results.json").read_text())
+    counted = {row["name"]: row["kept_mib"] for row in record["sew_resnet34-bf16"]["rows"]}
+    mib = (everything - half) * 1024 / 16
+    assert mib == pytest.approx(counted["tetdist, none"], rel=0.02)
+    assert "recompute=blocks about" in answer["error"]
+    assert "batch.micro=16 about" in answer["error"]
 
 
 def test_gradients_are_added_up_in_a_few_launches(ask):

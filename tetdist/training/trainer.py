@@ -22,7 +22,7 @@ from tetdist.optimizers import make_optimizer
 from tetdist.storage.checkpoint import Checkpoint
 from tetdist.tracking.progress import RunProgress
 from tetdist.tracking.tracker import Tracker
-from tetdist.training import state
+from tetdist.training import memory, state
 from tetdist.training.ema import WeightAverage
 from tetdist.training.engines import make_engine
 from tetdist.training.engines.base import Engine, EngineParts
@@ -190,7 +190,8 @@ class Trainer:
         """Take one optimiser step; return the norm of its gradient, ()."""
         lr = self.prepared.learning_rate(self.step)
         timesteps = self.training_step.timesteps(self.step)
-        update, sums = self.training_step.take(self.step, self.feed.of_step(self.step), lr)
+        with memory.explained(self.config, self.prepared.train, self.world.device):
+            update, sums = self.training_step.take(self.step, self.feed.of_step(self.step), lr)
         self.step += 1
         self.watch.progress(f"step {self.step}")
         self.window.add(self.step, update, sums, timesteps)
