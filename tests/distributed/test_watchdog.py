@@ -33,7 +33,7 @@ SOON = {"peer_timeout": 3.0}
         ({}, ("raise", 3, 0), 1, 1, [f"error: rank 1 has failed ('{RAISED}')"]),
     ],
 )
-def test_lost_process_ends_the_other(changes, stop, rank, status, words, farm, tiny_config):
+def test_lost_process_ends_all(changes, stop, rank, status, words, farm, tiny_config, tmp_path):
     statuses, text = farm.each(
         tiny_config(changes), world=2, stop=stop, rank=rank, timeout=60 if stop[2] == KILL else 30
     )
@@ -42,6 +42,7 @@ def test_lost_process_ends_the_other(changes, stop, rank, status, words, farm, t
     assert statuses == expected, text
     assert [word for word in words if word not in text] == [], text
     assert stop[2] != KILL or text.count("error:") == 1, text
+    assert not (tmp_path / "runs/tiny/hang").exists()
     assert text.count("Traceback") == text.count(RAISED + "\n") == (stop[0] == "raise"), text
 
 

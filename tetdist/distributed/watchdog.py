@@ -37,8 +37,7 @@ SILENCE, SILENCE_IN_TROUBLE = 30.0, 4.0
 # End of a message of a run that has a checkpoint.
 CONTINUES = "once the cause is gone, the same command continues from the last checkpoint"
 
-_VERDICT, _TROUBLE = "verdict", "trouble"
-_HANGS = "no progress for "  # begins the verdict if all processes live
+_VERDICT, _HANGS, _TROUBLE = "verdict", "hangs", "trouble"  # keys of the store
 
 
 class Watch:
@@ -166,7 +165,7 @@ class Watch:
                 if self.world.rank == 0 and (verdict := self._judge()):
                     self._store.set(_VERDICT, verdict)
                 if (verdict := self._store.get(_VERDICT)) and not self._failed:
-                    self._end(verdict, shown_by_rank_0=True)
+                    self._end(verdict, shown_by_rank_0=True, hangs=bool(self._store.get(_HANGS)))
                 self._answered = time.monotonic()
             except (dist.DistError, RuntimeError) as error:
                 # The store ended with rank 0; if rank 0 ended normally, this process soon will.
@@ -228,14 +227,15 @@ class Watch:
             )
             others = ", and the others wait" if len(behind) < len(present) else ""
             left = f"; {self.folder} shows where each process is" if self.folder else ""
+            self._store.set(_HANGS, "all processes live")
             return (
-                f"{_HANGS}{self.timeout:.0f} s: {names}{and_more(behind, 4)} hangs at "
+                f"no progress for {self.timeout:.0f} s: {names}{and_more(behind, 4)} hangs at "
                 f"{present[behind[0]][0]['where']}{others}; peer_timeout=SECONDS allows for more"
                 f"{left}"
             )
         return None
 
-    def _end(self, verdict: str, *, shown_by_rank_0: bool = False) -> None:
+    def _end(self, verdict: str, *, shown_by_rank_0: bool = False, hangs: bool = False) -> None:
         if self._ending.is_set():
             return  # the other thread is ending the process
         self._ending.set()
@@ -247,10 +247,9 @@ class Watch:
                     file=sys.stderr,
                     flush=True,
                 )
-            folder = self.folder if verdict.startswith(_HANGS) else None
-            if folder:
-                evidence.leave(folder, self.world.rank)
-            if folder or self.world.rank == 0:
+            if hangs and self.folder:
+                evidence.leave(self.folder, self.world.rank)
+            if hangs or self.world.rank == 0:
                 # Give the others time to read it, since the store ends with rank 0, and to leave
                 # evidence, since a launcher ends all when it sees that one has ended.
                 time.sleep(3 * BEAT)
