@@ -7,7 +7,6 @@ one compiles that it excludes.
 
 import itertools
 import sys
-from collections.abc import Iterator
 
 import gpu_code
 import torch
@@ -24,24 +23,19 @@ CAPABILITIES = (80, 90, 100, 120)  # A100, H100, B200, RTX 5090
 KINDS = (LIF(), PLIF(decay_input=True), NILIF(most_spikes=8))
 
 
-def neurons() -> Iterator[list[Launch]]:
-    """Yield the launches of layers of neurons and norms, and of bytes."""
-    for kind in (*KINDS, PSN(timesteps=4), SlidingPSN(order=2)):
-        yield gpu_code.neurons(kind)
-    for kind in KINDS:
-        yield gpu_code.neurons(kind, full=True)
-    yield gpu_code.stream(normalized=True)
-    yield gpu_code.packing()
+def neurons() -> list[list[Launch]]:
+    """Return the launches of layers of neurons and norms, and of bytes."""
+    plain = [gpu_code.neurons(kind) for kind in (*KINDS, PSN(timesteps=4), SlidingPSN(order=2))]
+    full = [gpu_code.neurons(kind, full=True) for kind in KINDS]
+    return [*plain, *full, gpu_code.stream(shortcut="normalised"), gpu_code.packing()]
 
 
-def attention() -> Iterator[list[Launch]]:
-    """Yield the launches of attention, with most and with few membranes in registers."""
-    for kind in KINDS:
-        for timesteps in (4, 8):
-            for carries in (False, True):
-                yield gpu_code.attention(kind, timesteps=timesteps, carries=carries)
-    few = torch.float16
-    yield gpu_code.attention(KINDS[2], channels=24, values=96, carries=True, dtype=few)
+def attention() -> list[list[Launch]]:
+    """Return the launches of attention, with most and with few membranes in registers."""
+    cases = itertools.product(KINDS, (4, 8), (False, True))
+    most = [gpu_code.attention(kind, timesteps=t, carries=carries) for kind, t, carries in cases]
+    few = gpu_code.attention(KINDS[2], channels=24, values=96, carries=True, dtype=torch.float16)
+    return [*most, few]
 
 
 FAMILIES = {"neurons": neurons, "pooling": lambda: [gpu_code.pooling()], "attention": attention}
@@ -49,17 +43,16 @@ FAMILIES = {"neurons": neurons, "pooling": lambda: [gpu_code.pooling()], "attent
 
 def failures(family: str, capability: int) -> tuple[int, list[str]]:
     """Compile a family's kernels; return their number and what fails."""
-    compiled, failed = set(), []
+    kinds, failed = {}, []
     for launch in itertools.chain.from_iterable(FAMILIES[family]()):
         types = [getattr(one, "dtype", one) for one in launch.arguments]
-        if (kind := str((launch.name, types, launch.known))) in compiled:
-            continue
-        compiled.add(kind)
+        kinds[str((launch.name, types, launch.known))] = launch
+    for launch in kinds.values():
         try:
             gpu_code.compiled(launch, capability)
         except Exception as error:  # Triton raises its own types, which versions change
             failed.append(f"{launch.name}: {type(error).__name__}")
-    return len(compiled), failed
+    return len(kinds), failed
 
 
 def main() -> int:
@@ -74,8 +67,7 @@ def main() -> int:
             print(f"{where}: {count - len(failed)} of {count} compile", flush=True)
             for name in sorted(set(failed)):
                 print(f"  {failed.count(name)} fail: {name}")
-        declared = own >= OLDEST[family]
-        wrong |= declared == bool(failing)
+        wrong |= (own >= OLDEST[family]) == bool(failing)
     return wrong
 
 

@@ -118,14 +118,16 @@ def neurons(
 
 
 def stream(
-    *, timesteps: int = 4, images: int = 32, side: int = 56, normalized: bool = False
+    *, timesteps: int = 4, images: int = 32, side: int = 56, shortcut: str = ""
 ) -> list[Launch]:
-    """A norm, a shortcut that is added, and neurons without a norm: of membrane shortcuts."""
+    """A norm, a shortcut that is added, perhaps "normalised" or "shared" by all timesteps, and
+    neurons without a norm: of membrane shortcuts."""
 
     def call() -> Tensor:
-        x, shortcut = (numbers(timesteps, images, 64, side, side) for _ in range(2))
-        norm = BatchNorm(64) if normalized else None
-        return Neuron(LIF(), 64)(NormAdd(64)(x, shortcut, norm)).sum()
+        times = timesteps, 1 if shortcut == "shared" else timesteps
+        x, added = (numbers(count, images, 64, side, side) for count in times)
+        norm = BatchNorm(64) if shortcut == "normalised" else None
+        return Neuron(LIF(), 64)(NormAdd(64)(x, added, norm)).sum()
 
     return launches(call)
 

@@ -42,16 +42,20 @@ LARGE = {"timesteps": 16, "images": 256, "side": 112}  # 1.53 * 2^31 numbers
 def test_no_offset_in_a_large_tensor_overflows(monkeypatch):
     """Sizes have 32 bits if they fit, and a tensor may have more than 2^31 values."""
     monkeypatch.setattr(triton_kernels, "PROGRAMS", dict.fromkeys(triton_kernels.PROGRAMS, 2**30))
-    launches = [*gpu_code.pooling(4096), *gpu_code.packing(16384)]
+    launches = [*gpu_code.pooling(4096), *gpu_code.packing(32768)]
     launches += neurons(full=True, **LARGE) + neurons(PSN(timesteps=16), **LARGE)
-    launches += stream(normalized=True, **LARGE)
-    launches += attention(timesteps=8, images=4096, carries=True)
+    launches += stream(shortcut="normalised", **LARGE)
+    # Each timestep has 2^31 numbers, and more.
+    launches += stream(timesteps=2, images=4096, side=112, shortcut="shared")
+    launches += attention(timesteps=2, images=32768, carries=True)
     large = [one for one in launches if max(x.numel() for x in one.tensors) > 2**31]
     names = ("statistics", "fire", "backward_sums", "backward", "add", "add_sums", "norm_gradient")
     names += ("forward_normalized", "forward", "attend", "current_gradient", "gradients")
     assert {one.name for one in large} == {*names, "unpack", "halve", "unpack_halves"}
     for launch in large:
         assert_addresses_exist(launch)
+    with pytest.raises(AssertionError):
+        stream(images=2**16, side=91)  # 1.01 * 2^31 rows
 
 
 # The last two need the most registers.

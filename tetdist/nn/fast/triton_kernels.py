@@ -106,6 +106,7 @@ class Tiling(NamedTuple):
 
 def tiling(name: str, rows: int, channels: int, per_thread: int) -> Tiling:
     """Divide (rows, channels) among the programs of a kernel, depending only on these."""
+    assert rows < 2**31  # kernels count them in 32 bits
     columns = min(64, triton.next_power_of_2(channels))
     if channels > 64 and 0 < channels % 64 <= 32:
         columns = 32

@@ -170,7 +170,7 @@ def finish_statistics(
     float64; else (None) write what `normalization` computes from them.
     """
     C, c = _channels(groups, VEC, BC)
-    p = tl.arange(0, BP).to(tl.int64)
+    p = tl.arange(0, BP)
     count = rows.to(tl.float64)
     total = tl.full([BP, BC], 0.0, tl.float64)
     for i in range(0, blocks, BP):
@@ -272,7 +272,7 @@ def _store_rows(partial, block, c, C, total, with_x, with_shortcut):
     """Store a program's sums of rows, partial (blocks, 2, C), or (blocks, 3, C) if there are three.
     """
     number: tl.constexpr = 2 if with_shortcut is None else 3
-    partial += block.to(tl.int64) * number * C + c
+    partial += block * number * C + c
     tl.store(partial, tl.reduce(total, 0, _add), mask=c < C)
     tl.store(partial + C, tl.reduce(with_x, 0, _add), mask=c < C)
     if with_shortcut is not None:
@@ -621,7 +621,7 @@ def _store_sum(partial, x, number=0, numbers=1):
     program = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
     # One after the other, the two reductions fail for a B200 in Triton 3.6 and 3.7.
     total = tl.reduce(x, None, _add)
-    tl.store(partial + program.to(tl.int64) * numbers + number, total)
+    tl.store(partial + program * numbers + number, total)
 
 
 @triton.jit
@@ -804,7 +804,7 @@ def finish_sums(
     it is (2, 1, C).
     """
     C, c = _channels(groups, VEC, BC)
-    p = tl.arange(0, BP).to(tl.int64)
+    p = tl.arange(0, BP)
     k, number = tl.program_id(0), tl.num_programs(0)
     wide = sums.dtype.element_ty
     total = tl.full([BP, BC], 0.0, tl.float64)

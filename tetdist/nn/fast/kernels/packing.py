@@ -25,7 +25,7 @@ def _half(groups, VEC: tl.constexpr):
     if VEC > 1:
         half = groups.to(tl.int64) * (VEC // 2)
     else:
-        half = (groups.to(tl.int64) + 1) // 2
+        half = (groups + 1) // 2
     return half
 
 
