@@ -48,10 +48,11 @@ MODULES = {"neuron": "neuron", "pooling": "pool", "packing": "packing", "attenti
 
 
 @contextlib.contextmanager
-def interpreted() -> Iterator[None]:
+def interpreted(programs: int = 2) -> Iterator[None]:
     """The kernels of GPUs, interpreted: run on the CPU, by NumPy, one by one.
 
-    There are at most two programs, so that each has several tiles where there are some.
+    There are at most two programs, so that each has several tiles where there are some. Memory that
+    no program writes is NaN, or 255.
     """
     needs_triton()
     from triton.runtime.interpreter import InterpreterBuilder
@@ -61,10 +62,14 @@ def interpreted() -> Iterator[None]:
     with not_native(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(InterpreterBuilder, "create_dot", _dot)
         patch.setattr(dispatch, "triton_for", lambda *_: triton_kernels)
-        patch.setattr(triton_kernels, "PROGRAMS", dict.fromkeys(triton_kernels.PROGRAMS, 2))
+        patch.setattr(triton_kernels, "PROGRAMS", dict.fromkeys(triton_kernels.PROGRAMS, programs))
         for attribute, name in MODULES.items():
             patch.setattr(triton_kernels, attribute, _interpreted_kernels(name))
-        yield
+        torch.use_deterministic_algorithms(True)
+        try:
+            yield
+        finally:
+            torch.use_deterministic_algorithms(False)
 
 
 @contextlib.contextmanager

@@ -6,6 +6,7 @@ and what is compared are those by which a GPU is checked, with other neurons and
 
 import copy
 import dataclasses
+import functools
 import itertools
 
 import pytest
@@ -19,6 +20,7 @@ from kernel_runs import (
     draw,
     each_implementation,
     fused_and_defined,
+    interpreted,
     kept_tensors,
     native_kernels,
     randomize,
@@ -166,6 +168,12 @@ def test_each_kind(implementation, kind):
         # Segments carry the membranes of a single sample in another layout.
         case = Case(kind, timesteps, 17, torch.float64, mode, what, batch=1, side=5)
         assert assert_fused_is_the_definition(case, implementation)["spikes"].std() > 0.01
+
+
+def test_programs_of_rows_and_of_channels_sum_apart(monkeypatch):
+    monkeypatch.setitem(IMPLEMENTATIONS, "triton", functools.partial(interpreted, 8))
+    layer, x = NormNeuron(65, NEURONS["plif"]).double(), draw(0, 2, 1, 65, 4, 5)
+    assert fused_and_defined(layer, lambda m: m(x, 2), {}, "triton")["output"].std() > 0.1
 
 
 @each_neuron
