@@ -2,6 +2,7 @@
 
 import copy
 import re
+from pathlib import Path
 
 import pytest
 import timm
@@ -148,6 +149,25 @@ def test_engines_agree_bitwise(optimizer, changes, world):
     assert norms[0][0] > 1.0
     assert differing(*states) == []
     assert norms[0] == norms[1]
+
+
+def test_zero_averages_in_float32(farm):
+    """The gradients of two processes, each with its own images."""
+    code = """
+from test_engine import *
+with join("cpu") as world:
+    changes = []
+    for engine in (TORCH, ZERO_1, ZERO_2):
+        model = network()
+        eng, _ = made(engine, model, world, {"precision": "bf16"})
+        step(eng, model, world.rank)
+        changes.append(vector(model) - vector(network()))
+        eng.close()
+    apart = [float((one - changes[0]).norm() / changes[0].norm()) for one in changes]
+    assert max(apart) < 1e-6, apart
+"""
+    for status, output in farm.side_by_side(2, tiny.python("-c", code), Path(__file__).parent):
+        assert status == 0, output
 
 
 def test_clipping_is_by_its_formula(world):
