@@ -302,6 +302,7 @@ def install(library: Any) -> None:
         "device_count": lambda: 1,
         "current_device": lambda: 0,
         "set_device": lambda _device: None,
+        "reset_peak_memory_stats": lambda *_: None,
         "get_device_name": lambda *_: Properties.name,
         "get_device_properties": lambda *_: Properties,
         "get_device_capability": lambda *_: (Properties.major, Properties.minor),
@@ -324,10 +325,8 @@ def install(library: Any) -> None:
         "current_stream": lambda *_: _Stream(number=current_stream()),
         "default_stream": lambda *_: _Stream(number=0),
     }
-    for name in ("memory_allocated", "max_memory_allocated", "memory_reserved"):
-        answers[name] = lambda *_: 0
-    for name in ("max_memory_reserved", "reset_peak_memory_stats"):
-        answers[name] = lambda *_: 0
+    for name in ("allocated", "reserved"):
+        answers[f"memory_{name}"] = answers[f"max_memory_{name}"] = lambda *_: 0
     for name, answer in answers.items():
         setattr(torch.cuda, name, answer)
     torch.Tensor.pin_memory = _pinned
