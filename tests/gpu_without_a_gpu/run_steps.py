@@ -59,6 +59,7 @@ class Case:
             work is checked.
         fault: Arguments of `faults.faulty`.
         timed: Options of the benchmark whose step is taken instead of the trainer's.
+        made_up: Arguments of `training_step`, whose step is taken instead of the trainer's.
         processes: Of the run.
     """
 
@@ -72,6 +73,7 @@ class Case:
     feeds: bool = False
     fault: list[str] | None = None
     timed: dict[str, Any] | None = None
+    made_up: dict[str, Any] | None = None
     processes: int = WORLD_SIZE
 
 
@@ -116,8 +118,8 @@ def answer(case: Case) -> dict[str, Any]:
             faulty(*case.fault) if case.fault else contextlib.nullcontext(),
         ):
             world = _world(case.processes)
-            if case.timed:
-                run_timed(case, recorder)
+            if case.timed or case.made_up:
+                run_made_up(case, world, recorder)
             else:
                 run_in_order(case, world, recorder) if case.feeds else run(case, world, recorder)
     except Exception as raised:
@@ -162,12 +164,14 @@ def _world(processes: int) -> Any:
     return Alone(0, processes, DEVICE, None)
 
 
-def run_timed(case: Case, recorder: Recorder) -> None:
-    """Take the steps of a benchmark."""
-    from tetdist.apps.benchmarks import bench
+def run_made_up(case: Case, world: Any, recorder: Recorder) -> None:
+    """Take the steps of a benchmark or of check_gpu."""
+    from tetdist.apps.benchmarks import bench, made_up
 
-    assert case.timed is not None
-    step = bench.contestants_of(argparse.Namespace(**case.timed))["tetdist, none"]()
+    if case.timed:
+        step = bench.contestants_of(argparse.Namespace(**case.timed))["tetdist, none"]()
+    else:
+        step = made_up.training_step(world, case.model, **case.made_up)
     feed = types.SimpleNamespace(prepared=None)  # batches are there
     _tell_phases_apart(
         types.SimpleNamespace(engine=step.step.engine, training_step=step.step, feed=feed)

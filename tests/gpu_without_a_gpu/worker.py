@@ -54,6 +54,10 @@ class Worker:
         changes = [f"{key}={value}" for key, value in dict(pairs).items()]
         return self._answer({"model": model, "base": base, "overrides": changes, **about})
 
+    def made_up(self, model: str, steps: int, **about: Any) -> Answer:
+        """Take steps of check_gpu, with these arguments of `training_step`."""
+        return self._answer({"model": model, "base": "", "steps": steps, "made_up": about})
+
     def order(self, config: Path, *overrides: str, fault: Sequence[str] | None = None) -> Answer:
         """Train two steps with the data of a configuration, and check the order of all work."""
         asked = {"model": "", "base": str(config), "overrides": list(overrides)}
