@@ -2,6 +2,7 @@
 
 import copy
 import re
+from operator import attrgetter
 from pathlib import Path
 
 import pytest
@@ -26,8 +27,6 @@ TORCH, DEEPSPEED, ZERO_1, ZERO_2 = (
     ("deepspeed", 1),
     ("deepspeed", 2),
 )
-KEPT = {"torch_autocast_z0_gradscaler", "enable_backward_allreduce", "allreduce_gradients"}
-KEPT |= {"get_global_grad_norm", "was_step_applied"}
 NAN, INF = float("nan"), float("inf")
 
 
@@ -313,22 +312,37 @@ def test_missing_deepspeed_is_named(world, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("engine", "name"),
+    ("engine", "owner", "name"),
     [
-        (DEEPSPEED, "torch_autocast_z0_gradscaler"),
-        (DEEPSPEED, "enable_backward_allreduce"),
-        (ZERO_1, "_hp_mapping"),
-        (ZERO_2, "get_global_grad_norm"),
+        (DEEPSPEED, "ops", "__compatible_ops__"),
+        (DEEPSPEED, "ops.__compatible_ops__", "deepspeed_shm_comm"),
+        (DEEPSPEED, "utils.groups", "_WORLD_GROUP"),
+        (DEEPSPEED, "DeepSpeedEngine", "_broadcast_model"),
+        (DEEPSPEED, "DeepSpeedEngine", "no_sync"),
+        (ZERO_1, "DeepSpeedEngine", "allreduce_gradients"),
+        (ZERO_2, "DeepSpeedEngine", "get_global_grad_norm"),
+        (ZERO_1, "DeepSpeedEngine", "was_step_applied"),
+        (ZERO_2, "Parameter", "_hp_mapping"),
     ],
 )
-def test_a_renamed_name_of_deepspeed_is_refused(engine, name, world, monkeypatch):
+def test_a_renamed_name_of_deepspeed_is_refused(engine, owner, name, world, monkeypatch):
+    deepspeed = deepspeed_engines._import_deepspeed(world.device)
     model = network()
-    monkeypatch.setattr(
-        deepspeed_engines,
-        "_initialize",
-        lambda *_: type("Engine", (), dict.fromkeys(KEPT - {name})),
-    )
-    if name != "_hp_mapping":
-        next(model.parameters())._hp_mapping = None
+    if name == "_hp_mapping":
+        initialize = deepspeed_engines._initialize
+
+        def renamed(*parts):
+            made_engine = initialize(*parts)
+            for parameter in model.parameters():
+                del parameter._hp_mapping
+            return made_engine
+
+        monkeypatch.setattr(deepspeed_engines, "_initialize", renamed)
+    elif owner == "ops.__compatible_ops__":
+        monkeypatch.delitem(deepspeed.ops.__compatible_ops__, name)
+    else:
+        if owner == "ops":
+            monkeypatch.delattr(deepspeed.ops, "__getattr__")  # makes it anew
+        monkeypatch.delattr(attrgetter(owner)(deepspeed), name)
     with pytest.raises(UserError, match=rf"lacks {name}.*deepspeed==.*engine=torch"):
         made(engine, model, world, {})

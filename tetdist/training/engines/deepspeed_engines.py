@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from tetdist.buffers import copy_to_host
 from tetdist.errors import UserError, pip_install
-from tetdist.nn.precision import LOW_PRECISION
+from tetdist.nn.precision import LOW_PRECISION, autocast
 from tetdist.training.engines.base import (
     EngineParts,
     LossScale,
@@ -31,10 +31,10 @@ TRIED = "0.19.8"
 
 
 class DeepSpeedEngine(WholeEngine):
-    """DeepSpeed at ZeRO stage 0 with torch_autocast.
+    """DeepSpeed at ZeRO stage 0, with autocast, loss scale and average by tetdist.
 
-    `GradientMean` averages the gradients in a few kernels; DeepSpeed itself would copy each
-    gradient twice.
+    DeepSpeed's scaler hides overflows and does not save its scale, and its average copies each
+    gradient twice; `GradientMean` does it in a few kernels.
     """
 
     def __init__(self, parts: EngineParts) -> None:
@@ -42,17 +42,19 @@ class DeepSpeedEngine(WholeEngine):
         lay_out(parts.model, torch.contiguous_format)
         # DeepSpeed's gradient_clipping is 1.0 by default; here update() clips.
         self.engine = _initialize(parts, {"gradient_clipping": 0.0})
-        # DeepSpeed's scaler hides overflows and does not save its scale, so scaling is done here.
-        _require(self.engine, "torch_autocast_z0_gradscaler", "enable_backward_allreduce")
-        self.engine.torch_autocast_z0_gradscaler = None
-        self.engine.enable_backward_allreduce = False
+        _require(self.engine, "no_sync")
+        self.precision = parts.config.precision
         super().__init__(parts)
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.engine(images, per_timestep=True)
+        # The engine's own forward would turn this autocast off.
+        with autocast(images.device, self.precision):
+            return self.engine.module(images, per_timestep=True)
 
     def _run_backward(self, loss: Tensor) -> None:
-        _accumulate(self.engine, loss)
+        with self.engine.no_sync():
+            self.engine.backward(loss)
+        _count(self.engine)
 
     def _step(self) -> None:
         assert self.engine.is_gradient_accumulation_boundary()
@@ -79,12 +81,21 @@ class ZeroEngine:
         # Their order numbers them in a state_dict. Keep them now: initialize replaces them by flat
         # partitions.
         self.groups = [list(group["params"]) for group in self.optimizer.param_groups]
-        settings = {
+        settings: dict[str, Any] = {
             # DeepSpeed computes the norm, clips, and checks for non-finite values here, since no
             # process has the whole gradient.
             "gradient_clipping": parts.config.gradient_clipping or 0.0,
             "zero_allow_untested_optimizer": True,
         }
+        if dtype := LOW_PRECISION[parts.config.precision]:
+            # With the empty list gradients are averaged in float32, their own type. By default
+            # those of convolutions would be sent in bfloat16, and the result would depend on the
+            # number of processes.
+            settings["torch_autocast"] = {
+                "enabled": True,
+                "dtype": str(dtype).removeprefix("torch."),
+                "lower_precision_safe_modules": [],
+            }
         self.engine = _initialize(parts, settings)
         _require(self.engine, "allreduce_gradients", "get_global_grad_norm", "was_step_applied")
         _require(self.groups[0][0], "_hp_mapping")
@@ -96,7 +107,8 @@ class ZeroEngine:
         return self.engine(images, per_timestep=True)
 
     def backward(self, loss: Tensor) -> None:
-        _accumulate(self.engine, loss)
+        self.engine.backward(loss)
+        _count(self.engine)
 
     def update(self, lr: float) -> Update:
         assert self.engine.is_gradient_accumulation_boundary()
@@ -186,9 +198,9 @@ def _fragment(parameter: nn.Parameter) -> tuple[int, int, int] | None:
     return inside.start, there.start, inside.numel
 
 
-def _initialize(parts: EngineParts, clipping: dict[str, Any]) -> Any:
+def _initialize(parts: EngineParts, settings: dict[str, Any]) -> Any:
     config = parts.config
-    settings: dict[str, Any] = clipping | {
+    settings = settings | {
         "train_micro_batch_size_per_gpu": config.batch.micro,
         "gradient_accumulation_steps": parts.accumulation,
         "zero_optimization": {"stage": config.zero_stage},
@@ -196,15 +208,6 @@ def _initialize(parts: EngineParts, clipping: dict[str, Any]) -> Any:
         # The timer would wait for the device twice per micro-batch; window.py measures instead.
         "timers": {"throughput": {"enabled": False}},
     }
-    if dtype := LOW_PRECISION[config.precision]:
-        # With the empty list gradients are averaged in float32, their own type. By default those of
-        # convolutions would be sent in bfloat16, and the result would depend on the number of
-        # processes.
-        settings["torch_autocast"] = {
-            "enabled": True,
-            "dtype": str(dtype).removeprefix("torch."),
-            "lower_precision_safe_modules": [],
-        }
     with _as_local_rank(parts.world.device):
         deepspeed = _import_deepspeed(parts.world.device)
         with _broadcasting_scalars(deepspeed.DeepSpeedEngine, parts.model):
@@ -260,10 +263,12 @@ def _broadcasting_scalars(cls: Any, model: nn.Module) -> Iterator[None]:
         cls._broadcast_model = original
 
 
-def _accumulate(engine: Any, loss: Tensor) -> None:
-    engine.backward(loss)
-    # Within a step this only counts. At the last micro-batch it would update, which is left to
-    # update(), after the averaged gradient has been checked.
+def _count(engine: Any) -> None:
+    """Count a micro-batch.
+
+    At the last one this would update, which is left to update(), after the averaged gradient has
+    been checked.
+    """
     if not engine.is_gradient_accumulation_boundary():
         engine.step()
 
