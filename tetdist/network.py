@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -20,7 +21,7 @@ from tetdist.storage import checkpoint
 
 
 def make_model(
-    config: RunConfig, index: Index, load: Callable[[SpikingNetwork], None] | None = None
+    config: RunConfig, index: Index, load: Callable[[SpikingNetwork], Any] | None = None
 ) -> SpikingNetwork:
     """Return the configured model for the data of ``index``, initialised, at the first phase's
     largest T; ``load`` loads weights into it."""
@@ -60,7 +61,7 @@ def make_model(
         raise UserError(
             f"model.freeze: {', '.join(section.freeze)} leave nothing to train; remove one"
         )
-    section.refuse_mixing(model, frames or (3, size, size))
+    section.check_own(model, frames or (3, size, size))
     # Otherwise the optimiser of a later phase would refuse these when that phase begins.
     optimizers = map(config.optimizer_of, range(len(config.phases)))
     if any(optimizer.layer_decay is not None for optimizer in optimizers):
@@ -70,6 +71,11 @@ def make_model(
     if config.recompute != "none":
         _call(section.name, model, "set_grad_checkpointing", True)
     if isinstance(config.recompute, SegmentsSection):
+        if model.looks_ahead:
+            raise UserError(
+                f"recompute: {section.name} looks ahead and cannot run in segments of timesteps; "
+                "set recompute=blocks"
+            )
         _call(section.name, model, "set_segment", config.recompute.timesteps)
     return model
 
@@ -80,16 +86,33 @@ def load_model(
     weights: dict[str, Tensor],
     source: Path,
     world: World,
+    looks_ahead: bool | None = None,
 ) -> SpikingNetwork:
-    """Return the model of `make_model` with weights, on the device, the same on all processes."""
+    """Return the model of `make_model` with weights, on the device, the same on all processes.
+
+    ``looks_ahead`` is the checkpoint's verdict on a user's network.
+    """
+
+    def load(model: SpikingNetwork) -> None:
+        checkpoint.load_weights(model, weights, source)
+        model.looks_ahead = looks_ahead
+
     with world.together():
-        model = make_model(config, index, lambda m: checkpoint.load_weights(m, weights, source))
+        model = make_model(config, index, load)
+    if config.model.is_own:
+        agree_on_looks_ahead(model, world)
     choose_algorithms(config.precision)
     if config.execution == "fused":
         with world.together():
             choose_kernels(world)
     place(model, world.device, config.precision)
     return model
+
+
+def agree_on_looks_ahead(model: SpikingNetwork, world: World) -> None:
+    """Make all processes use the same verdict on a user's network: the worst of theirs."""
+    verdicts = world.gather(model.looks_ahead)
+    model.looks_ahead = next((worst for worst in (True, None) if worst in verdicts), False)
 
 
 def choose_kernels(world: World) -> None:

@@ -19,6 +19,7 @@ from tetdist.evaluation.evaluate import evaluate
 from tetdist.evaluation.operations import OperationCounts
 from tetdist.losses import tet_loss
 from tetdist.models.adopted import Adopted, AdoptedBatchNorm, adopt
+from tetdist.models.separate import check_network
 from tetdist.nn import batch_norm
 
 T, TARGET = 2, torch.tensor([1, 3])
@@ -340,8 +341,6 @@ class Ahead(nn.Module):
     [
         (Mean, r"Mean returns \(2, 4\) instead of logits \(T, B, K\) = \(2, 2, 4\)"),
         (lambda: Small(num_classes=5), r"returns \(2, 2, 5\) instead of"),
-        (Looping, r"Looping cannot run a sequence .* \(2, 1, 3, 16, 16\): .*; one that loops"),
-        (lambda: with_module(pooled(Ahead())), r"Ahead cannot be adopted: its output at t depends"),
     ],
 )
 def test_what_only_a_run_shows_is_refused_in_the_first(make, complaint):
@@ -350,20 +349,14 @@ def test_what_only_a_run_shows_is_refused_in_the_first(make, complaint):
         model(images(16), per_timestep=True)
 
 
-def test_examination_leaves_no_trace():
-    """The examination changes nothing."""
-    model, x = adopted(Small), images(16)
-    model.net.features[5].eval()  # as for a frozen layer
-    before = dict(model.state_dict())
-    torch.manual_seed(3)
-    model(x)
-    first = torch.rand(1)
-    assert not model.net.features[5].training
-    assert model.net.features[1].training
-    torch.manual_seed(3)
-    model(x)
-    assert torch.equal(torch.rand(1), first)
-    assert torch.equal(before["features.5.running_mean"], torch.zeros(16, dtype=torch.float64))
+def test_what_loops_over_time_or_looks_ahead_is_told(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(ValueError, match="expected x with shape") as error:
+        check_network("toy", adopted(Looping), (3, 16, 16))
+    assert "one that loops over time itself cannot be adopted" in str(error.value.__notes__)
+    for module, verdict in ((Ahead(), True), (nn.Identity(), False)):
+        check_network("toy", model := adopted(lambda m=module: with_module(pooled(m))), (3, 16, 16))
+        assert model.looks_ahead is verdict
 
 
 # ------------------------------------------------------------------------------- whole runs

@@ -14,7 +14,7 @@ from torch import nn
 
 from tetdist.errors import UserError
 from tetdist.models.adopted import adopt
-from tetdist.models.separate import refuse_mixing
+from tetdist.models.separate import check_network
 from tetdist.nn import neurons
 from tetdist.nn.batch_norm import BatchNorm
 from tetdist.nn.neurons import LIF
@@ -27,7 +27,7 @@ T, CLASSES, SHAPE = 2, 4, (3, 16, 16)
 
 @pytest.mark.parametrize("name", ["sew_resnet18", "sdt_2_256_cifar"])
 def test_our_own_networks_keep_samples_apart(name):
-    refuse_mixing(name, create(name), inputs_for(name).shape[1:])
+    check_network(name, create(name), inputs_for(name).shape[1:])
 
 
 def test_published_defect_is_found_in_the_whole_network():
@@ -35,7 +35,7 @@ def test_published_defect_is_found_in_the_whole_network():
     options = {"num_classes": 5, "mixes_samples": True, "attention_threshold": 0.25}
     with pytest.raises(UserError, match=f"{name} mixes the samples of a batch"):
         # So few positions need a lower threshold than all.
-        refuse_mixing(name, timm.create_model(name, **SMALL[name], **options), (3, 32, 32))
+        check_network(name, timm.create_model(name, **SMALL[name], **options), (3, 32, 32))
 
 
 class Plain(nn.Module):
@@ -51,9 +51,13 @@ class Plain(nn.Module):
         with torch.no_grad():
             self(torch.zeros(2, 3, 16, 16))
 
+    def set_timesteps(self, timesteps):
+        self.timesteps = timesteps
+
     def forward(self, x, per_timestep=False):
-        x = x.repeat(T, 1, 1, 1, 1)
-        x = self.layers(x.flatten(0, 1)).unflatten(0, (T, -1)) if self.is_folded else self.layers(x)
+        x = x.repeat(self.timesteps, 1, 1, 1, 1)
+        of_all = (self.timesteps, -1)
+        x = self.layers(x.flatten(0, 1)).unflatten(0, of_all) if self.is_folded else self.layers(x)
         logits = self.fc(x.mean((3, 4)))
         return logits if per_timestep else logits.mean(0)
 
@@ -150,7 +154,7 @@ def test_mixing_network_is_refused(name):
     torch.manual_seed(0)
     model = MIXING[name]()
     with pytest.raises(UserError, match=r"^toy mixes the samples of a batch, so"):
-        refuse_mixing("toy", model, SHAPE)
+        check_network("toy", model, SHAPE)
 
 
 @pytest.mark.parametrize(
@@ -165,7 +169,7 @@ def test_others_are_accepted_and_unchanged(make, caplog):
     model = make().train()
     before = {key: value.clone() for key, value in model.state_dict().items()}
     random = torch.get_rng_state()
-    refuse_mixing("toy", model, SHAPE)
+    check_network("toy", model, SHAPE)
     assert caplog.text == ""
     assert torch.equal(torch.get_rng_state(), random)
     assert all(module.training for module in model.modules())
@@ -174,14 +178,18 @@ def test_others_are_accepted_and_unchanged(make, caplog):
 
 def test_noise_is_refused_and_what_cannot_be_checked_is_reported(caplog, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    noisy = Plain(conv(), Function(lambda x: x + torch.rand_like(x)))
     with pytest.raises(UserError, match="toy draws random numbers in evaluation mode"):
-        refuse_mixing("toy", Plain(conv(), Function(lambda x: x + torch.rand_like(x))), SHAPE)
+        check_network("toy", noisy, SHAPE)
+    random = torch.get_rng_state()
+    check_network("toy", noisy, SHAPE, may_mix=True)
+    assert torch.equal(torch.get_rng_state(), random)
     with pytest.raises(RuntimeError, match="to have 3 channels") as caught:
-        refuse_mixing("toy", Plain(conv()), (2, 16, 16))
+        check_network("toy", Plain(conv()), (2, 16, 16))
     assert caught.value.__notes__ == ["in layers.0 of toy"]
-    refuse_mixing("toy", Plain(conv(), Neuron(LIF()), Function(torch.zeros_like), conv(8)), SHAPE)
+    check_network("toy", Plain(conv(), Neuron(LIF()), Function(torch.zeros_like), conv(8)), SHAPE)
     assert "Function of toy is silent for random samples" in caplog.text
     model = Plain(conv())
     model.lock = threading.Lock()
-    refuse_mixing("locked", model, SHAPE)
+    check_network("locked", model, SHAPE)
     assert re.search("locked cannot be checked .* cannot pickle", caplog.text)

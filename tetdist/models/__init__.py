@@ -28,7 +28,7 @@ from tetdist.models.spike_driven_transformer import SpikeDrivenTransformer
 from tetdist.models.spiking_convnet import SpikingConvNet
 from tetdist.models.spiking_resnet import SpikingResNet
 from tetdist.models.vggsnn import VGGSNN
-from tetdist.nn.batch_norm import BatchNorm
+from tetdist.nn.batch_norm import running_states
 from tetdist.nn.neurons import LIF, NeuronConfig
 
 __all__ = [
@@ -136,7 +136,6 @@ def freeze(model: nn.Module, parts: Sequence[str]) -> None:
                 f"{', '.join(shown)}"
             )
         known[name].requires_grad_(False)
-        for norm in known[name].modules():
-            if isinstance(norm, BatchNorm):
-                norm.frozen = True
-                norm.eval()
+        for state in running_states(known[name]):
+            state.frozen = True
+            state.eval()

@@ -11,7 +11,6 @@ model.safetensors into that network by ``load_state_dict``.
 Nothing else in tetdist imports this module, which needs the package spikingjelly.
 """
 
-import copy
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
@@ -37,7 +36,7 @@ _GRADED = (neuron.LIAFNode, neuron.TernaryIFNode, neuron.TernaryLIFNode)
 class Adopted(SpikingNetwork):
     """A spikingjelly network for tetdist's trainer and tools, made by `adopt`.
 
-    Its first training pass checks what only a run shows.
+    As of any user's network, `check_network` tries what only a run shows.
 
     Args:
         net: Network that maps a sequence (T, B, C, H, W) to logits (T, B, K), in step mode "m". It
@@ -61,7 +60,6 @@ class Adopted(SpikingNetwork):
         _refuse(net)
         self.net = _with_own_norms(net)
         functional.invalidate_reset_cache(self.net)
-        self._examined = False
         for module in self.net.modules():
             if hasattr(module, "surrogate_function") and not isinstance(module, _GRADED):
                 module.fires_spikes = True  # type: ignore[assignment]  # ours: it counts spikes
@@ -96,21 +94,21 @@ class Adopted(SpikingNetwork):
 
         Raises:
             ValueError: The input has a wrong shape, or fewer than T time bins.
-            UserError: The output is not (T, B, K); or, in the first training pass, the logits
-                depend on later inputs, or the network changes a buffer.
+            UserError: The output is not (T, B, K).
         """
         sequence = self.time_first(x)
         if self.input_kind == "images":
             # Copy once, in the convolutions' memory layout.
             sequence = torch.cat([sequence[0]] * self.timesteps).unflatten(0, (self.timesteps, -1))
         functional.reset_net(self.net)
-        if self.training and not self._examined:
-            _refuse_looking_ahead(self.net, sequence)
-            logits = _run_watched(self.net, sequence)
-            # T = 1 cannot show a dependence on later inputs.
-            self._examined = self.timesteps > 1
-        else:
+        try:
             logits = self.net(sequence)
+        except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
+            error.add_note(
+                f"{type(self.net).__name__} ran a sequence (T, B, C, H, W), here "
+                f"{tuple(sequence.shape)}; one that loops over time itself cannot be adopted"
+            )
+            raise
         wanted = (*sequence.shape[:2], self.num_classes)
         found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         if found != wanted:
@@ -258,52 +256,3 @@ def _objections(module: nn.Module, around: Sequence[nn.Module]) -> Iterator[tupl
     # Containers have no step mode before set_step_mode, and need none.
     if getattr(module, "step_mode", "m") == "s" and not around:
         yield "it is in single-step mode", 'call functional.set_step_mode(net, "m") before'
-
-
-@torch.no_grad()
-def _refuse_looking_ahead(net: nn.Module, sequence: Tensor) -> None:
-    """Refuse a network with an output that depends on later inputs, or that runs no sequence."""
-    sample = sequence[:, :1].clone()
-    later = sample.clone()
-    later[-1] = 1 - later[-1]
-    try:
-        ours, theirs = (_outputs(copy.deepcopy(net).eval(), x) for x in (sample, later))
-    except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
-        reason = str(error).partition("\n")[0]
-        raise UserError(
-            f"{type(net).__name__} cannot run a sequence (T, B, C, H, W), here "
-            f"{tuple(sample.shape)}: {reason}; one that loops over time itself cannot be adopted"
-        ) from error
-    for (kind, a), (_, b) in zip(ours, theirs, strict=False):
-        is_timed = a.ndim and len(a) == len(sequence) == len(b)
-        if is_timed and not torch.equal(a[:-1].nan_to_num(), b[:-1].nan_to_num()):
-            raise UserError(f"{kind} cannot be adopted: {_AHEAD}; replace this module")
-
-
-def _outputs(net: nn.Module, x: Tensor) -> list[tuple[str, Tensor]]:
-    """Return the outputs of a network's modules, each with the module's kind."""
-    found: list[tuple[str, Tensor]] = []
-
-    def keep(module: nn.Module, _: Any, output: Any) -> None:
-        if isinstance(output, Tensor):
-            found.append((type(module).__name__, output.clone()))
-
-    with nn.modules.module.register_module_forward_hook(keep):
-        net(x)
-    return found
-
-
-def _run_watched(net: nn.Module, sequence: Tensor) -> Any:
-    """Run a network in training and check that it changes no buffer but its batch norms'."""
-    own = {id(b) for m in net.modules() if isinstance(m, BatchNorm) for b in m.buffers()}
-    buffers = [(name, b, b.clone()) for name, b in net.named_buffers() if id(b) not in own]
-    logits = net(sequence)
-    after = dict(net.named_buffers())
-    for name, buffer, value in buffers:
-        if after.get(name) is not buffer or not torch.equal(buffer, value):
-            raise UserError(
-                f"the forward pass changes the buffer {name}, which would differ between "
-                "processes; replace that module, or make the buffer a memory (register_memory) "
-                "that is reset"
-            )
-    return logits

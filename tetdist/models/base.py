@@ -127,6 +127,9 @@ class SpikingNetwork(nn.Module):
     input_size: int | None = None
     # Default neuron: the one that the network was published with; here TET's.
     default_neuron: ClassVar[NeuronConfig] = LIF()
+    # True if logits depend on later timesteps, as the check of a user's network found; None: not
+    # decided, or tetdist's own, whose neurons say so.
+    looks_ahead: bool | None = None
     # Set by timm's builder.
     pretrained_cfg: dict[str, Any]
     default_cfg: dict[str, Any]

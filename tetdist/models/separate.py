@@ -1,13 +1,18 @@
-"""Checks of a user's neuron, and that the samples of a batch do not influence each other.
+"""Checks of a user's neuron and network: samples do not mix, timesteps may depend on later ones.
 
 The accuracies of several published transformers are inflated because a layer of neurons runs over
 the batch: a sample begins with the membranes of the sample before it, and in a folder sorted by
 class both mostly have the same label. One sample alone never shows this.
+
+A network that pools over time looks ahead: its logits at t depend on T. Then one pass does not show
+the results at smaller T, and nothing can stop before T.
 """
 
 import contextlib
 import copy
 import logging
+import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +23,7 @@ from torch import Tensor, nn
 from tetdist.errors import UserError
 from tetdist.models.base import SpikingNetwork, check_logits
 from tetdist.nn import neurons
-from tetdist.nn.batch_norm import BatchNorm
+from tetdist.nn.batch_norm import BatchNorm, running_states
 from tetdist.nn.norm_neuron import FusedLayer, broadcasting, learned_of
 
 logger = logging.getLogger(__name__)
@@ -61,18 +66,26 @@ def check_neuron(neuron: neurons.NeuronConfig, timesteps: int) -> None:
 
 
 @torch.no_grad()
-def refuse_mixing(name: str, model: SpikingNetwork, shape: Sequence[int]) -> None:
-    """Refuse a network on the CPU in which a sample's logits depend on the rest of its batch.
+def check_network(
+    name: str, model: SpikingNetwork, shape: Sequence[int], *, may_mix: bool = False
+) -> None:
+    """Set a network's ``looks_ahead``, on the CPU, and refuse one that mixes samples.
 
     Random samples of ``shape`` run alone and together, in both orders, through a copy of the
     network in float64, so that no spike flips by rounding. If it cannot run in float64, each runs
-    among copies of itself instead of alone: batches of one size round alike.
+    among copies of itself instead of alone: batches of one size round alike. A network with a
+    module whose outputs at T - 1 differ from those of a pass at T before its last timestep looks
+    ahead.
+
+    Args:
+        may_mix: True if its samples may mix and it may draw random numbers.
 
     Raises:
-        UserError: The network mixes samples, draws random numbers in evaluation mode, or does not
-            return logits (T, B, K).
+        UserError: The network mixes samples, draws random numbers in evaluation mode, changes a
+            buffer that is no running state, or does not return logits (T, B, K).
     """
-    before = torch.get_rng_state()
+    before, started = torch.get_rng_state(), time.monotonic()
+    model.looks_ahead = getattr(model, "looks_ahead", None)  # of the checkpoint
     samples = torch.randn(8, *shape, generator=torch.Generator().manual_seed(0))
     double, own = torch.float64, next(model.parameters()).dtype
     # Two timesteps and 64 pixels suffice, if the network takes others than its own.
@@ -90,16 +103,25 @@ def refuse_mixing(name: str, model: SpikingNetwork, shape: Sequence[int]) -> Non
             result.error.add_note(f"in {result.layer or 'forward'} of {name}")
         # With a GPU, the network may be for that alone.
         is_of_the_network = result.layer is not None and not torch.cuda.is_available()
-        if is_of_the_network or isinstance(result.error, UserError):
+        if not may_mix and (is_of_the_network or isinstance(result.error, UserError)):
             raise result.error
-        logger.warning("%s cannot be checked for samples that it mixes: %s", name, result.error)
+        what = "samples that it mixes and timesteps that look ahead"
+        logger.warning("%s cannot be checked for %s: %s", name, what, result.error)
         return
-    if not torch.equal(before, torch.get_rng_state()):
+    draws = not torch.equal(before, torch.get_rng_state())
+    torch.set_rng_state(before)
+    if result.changed:
+        raise UserError(
+            f"the forward pass of {name} changes the buffer {result.changed}, which would differ "
+            "between processes and change twice with recompute; keep such a state in a "
+            "tetdist.nn.batch_norm.RunningMean, or replace that module"
+        )
+    if draws and not may_mix:
         raise UserError(
             f"{name} draws random numbers in evaluation mode, so its results would not be "
             "reproducible; draw them in training mode only (module.training)"
         )
-    if result.mixes:
+    if result.mixes and not may_mix:
         raise UserError(
             f"{name} mixes the samples of a batch, so accuracy would depend on their order; keep "
             "them apart (neurons take (T, B, ...), not (T * B, ...)), or set "
@@ -108,6 +130,19 @@ def refuse_mixing(name: str, model: SpikingNetwork, shape: Sequence[int]) -> Non
     if result.silent:
         message = "%s of %s is silent for random samples; whether it mixes them was not checked"
         logger.warning(message, result.silent, name)
+    if result.looks_ahead is not None:
+        model.looks_ahead = model.looks_ahead or result.looks_ahead
+    verdict, took = _VERDICTS[model.looks_ahead], time.monotonic() - started
+    logger.info("%s %s (checked in %.1f s)", name, verdict, took)
+
+
+_VERDICTS = {
+    True: "looks ahead: its logits depend on later timesteps, so evaluations run each T by itself, "
+    "a drawn T is a pass of its own, and there is no early exit and no stream",
+    False: "does not look ahead: its logits at t are the same at every T",
+    None: "may look ahead, which is not decided: its logits do not differ between timesteps, or it "
+    "runs only one T; the first evaluation checks again",
+}
 
 
 @dataclass
@@ -116,12 +151,16 @@ class _Result:
 
     Attributes:
         mixes: True if a sample's logits differ between batches.
+        looks_ahead: True if logits depend on later timesteps; None: not decided.
+        changed: Name of a buffer that training changes, or "".
         silent: Kind of a module that stays silent, or "".
         error: Error that ended the trial.
         layer: Path of the module in which it was raised; None: outside the network.
     """
 
     mixes: bool = False
+    looks_ahead: bool | None = None
+    changed: str = ""
     silent: str = ""
     error: Exception | None = None
     layer: str | None = None
@@ -145,8 +184,10 @@ class _Trial:
             x = samples[..., : self.side, : self.side].to(self.dtype)
             x = x if samples.ndim == 4 else x[:, : net.timesteps]
             with _noting_modules_in(running):
-                silent = _make_fire(net.to(self.dtype), x[:2])
-                return _Result(_mixes(net, x), silent)
+                changed = _changed_buffer(net.to(self.dtype), x[:2])
+                silent, mixes = _make_fire(net, x[:2]), _mixes(net, x)
+                whole = samples[:1, ..., : self.side, : self.side].to(self.dtype)
+                return _Result(mixes, _looks_ahead(net, whole, model.timesteps), changed, silent)
         except Exception as error:  # any error of foreign code
             paths = {module: path for path, module in net.named_modules()}
             layers = [paths[module] for module in running if module in paths]
@@ -182,6 +223,63 @@ def _mixes(model: SpikingNetwork, x: Tensor) -> bool:
         torch.allclose(logits, alone[:, : logits.shape[1]], 0, within, equal_nan=True)
         for logits in together
     )
+
+
+def _looks_ahead(model: SpikingNetwork, x: Tensor, timesteps: int) -> bool | None:
+    """Return whether a module's output at t depends on T, for one sample; None: not decided.
+
+    Logits alone may hide it: a small change flips no spike. Batches of different sizes round
+    differently, so float32 flips spikes and decides nothing.
+    """
+    if x.dtype != torch.float64 or (timesteps == 1 and x.ndim == 5):
+        return None
+    longer = max(timesteps, 2)
+    try:
+        whole, part = (_marks(model, x, t) for t in (longer, longer - 1))
+    except ValueError:  # it runs only one T
+        return None
+    for key in whole.keys() & part.keys():
+        if not torch.allclose(whole[key][:-1], part[key], 1e-9, 1e-9, equal_nan=True):
+            return True
+    logits = whole[None, 0]
+    return None if torch.allclose(logits[1:], logits[:-1], 1e-9, 1e-9, equal_nan=True) else False
+
+
+def _marks(
+    model: SpikingNetwork, x: Tensor, timesteps: int
+) -> dict[tuple[nn.Module | None, int], Tensor]:
+    """Return a weighted sum of each timestep, (T,), of the n-th output of each module that has
+    timesteps, and of the logits (None), for one sample."""
+    marks: dict[tuple[nn.Module | None, int], Tensor] = {}
+    calls = Counter[nn.Module | None]()
+
+    def note(module: nn.Module | None, _: Any, output: Any) -> None:
+        if isinstance(output, Tensor) and output.ndim and len(output) == timesteps:
+            rows = output.reshape(timesteps, -1).to(x.dtype)
+            weights = torch.arange(1, rows.shape[1] + 1, dtype=x.dtype).sin()
+            marks[module, calls[module]] = rows @ weights
+        calls[module] += 1
+
+    model.set_timesteps(timesteps)
+    with nn.modules.module.register_module_forward_hook(note):
+        note(None, None, _logits(model, x))
+    return marks
+
+
+def _changed_buffer(model: SpikingNetwork, x: Tensor) -> str:
+    """Return the name of a buffer that training changes, besides running states, or ""."""
+    own = {id(buffer) for state in running_states(model) for buffer in state.buffers()}
+    before = [(name, b, b.clone()) for name, b in model.named_buffers() if id(b) not in own]
+    # An error in training alone is shown by the training.
+    with torch.random.fork_rng(devices=[]), contextlib.suppress(Exception):
+        _logits(model.train(), x)
+    after = dict(model.named_buffers())
+    changed = (
+        name
+        for name, buffer, value in before
+        if after.get(name) is not buffer or not torch.equal(buffer, value)
+    )
+    return next(changed, "")
 
 
 def _make_fire(model: SpikingNetwork, pair: Tensor) -> str:

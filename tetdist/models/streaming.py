@@ -27,13 +27,20 @@ class Streamed(Protocol):
     def features_of(self, x: Tensor, timesteps: int) -> Tensor: ...
     def forward_head(self, x: Tensor, *, per_timestep: bool) -> Tensor: ...
 
+    looks_ahead: bool | None
+
 
 def carrying_layers(model: Streamed) -> dict[str, NeuronLayer]:
     """Return the layers of a model that carry membranes, by name.
 
     Raises:
-        UserError: A neuron needs all timesteps at once.
+        UserError: The network or a neuron needs all timesteps at once.
     """
+    if model.looks_ahead:
+        raise UserError(
+            f"{type(model).__name__} looks ahead: its logits depend on later timesteps, so it "
+            "cannot take one timestep after another; run all T at once"
+        )
     layers = {name: m for name, m in model.named_modules() if isinstance(m, NeuronLayer)}
     for name, layer in layers.items():
         if not layer.neuron.segments:

@@ -53,7 +53,77 @@ class _CannotConvert(UserError, AttributeError):
         )
 
 
-class BatchNorm(nn.BatchNorm2d):
+class RunningState(nn.Module):
+    """A layer with values that run after those of its forward passes in training.
+
+    Attributes:
+        momentum: Weight of the newest values in the running ones.
+        pending_count: Number of forward passes recorded since the last update.
+        deferred: True if `update_running_statistics` updates; otherwise each forward pass does.
+        frozen: True if the values stay as they are (`tetdist.models.freeze`).
+    """
+
+    momentum: float
+    pending_count: int = 0
+    deferred: bool = False
+    frozen: bool = False
+
+    def sums_and_running(self) -> list[tuple[Tensor, Tensor]]:
+        """Return vectors of the sums of what was recorded, each with its running values."""
+        raise NotImplementedError  # Each layer has its own.
+
+    def train(self, mode: bool = True) -> Self:
+        """Change to training mode, unless the layer is frozen."""
+        return super().train(mode and not self.frozen)
+
+    @torch.no_grad()
+    def recorded(self) -> None:
+        """Record that a forward pass was added to the sums."""
+        self.pending_count += 1
+        if not self.deferred:
+            for total, running in self.sums_and_running():
+                running.lerp_(total / self.pending_count, self.momentum)
+            self.discard()
+
+    def discard(self) -> None:
+        """Discard what was recorded since the last update."""
+        for total, _ in self.sums_and_running():
+            total.zero_()
+        self.pending_count = 0
+
+
+class RunningMean(RunningState):
+    """Running mean of a value of your own, such as a firing rate, for networks that keep a state.
+
+    The trainer updates it once a step, with the average of all micro-batches of all processes.
+
+    Args:
+        initial: The mean before training; each recorded value has its shape.
+        momentum: Weight of the newest value.
+    """
+
+    mean: Tensor
+    pending: Tensor
+
+    def __init__(self, initial: Tensor, *, momentum: float = 0.1) -> None:
+        super().__init__()
+        self.shape, self.momentum = initial.shape, momentum
+        self.register_buffer("mean", initial.flatten().clone())
+        self.register_buffer("pending", torch.zeros_like(self.mean), persistent=False)
+
+    def sums_and_running(self) -> list[tuple[Tensor, Tensor]]:
+        return [(self.pending, self.mean)]
+
+    def forward(self, value: Tensor) -> Tensor:
+        """Record a value in training; return the mean, without it, as it is before this step."""
+        mean = self.mean.clone().view(self.shape)
+        if self.training and not is_repetition():
+            self.pending += value.detach().expand(self.shape).flatten()
+            self.recorded()
+        return mean
+
+
+class BatchNorm(RunningState, nn.BatchNorm2d):
     """Batch norm of a current (T, B, C, H, W) per channel, over T, B, H and W jointly.
 
     It is torch's by class, but without ``num_features``. Functions of torch and timm that
@@ -74,7 +144,6 @@ class BatchNorm(nn.BatchNorm2d):
     momentum: float
     pending_mean: Tensor
     pending_var: Tensor
-    pending_count: int
 
     def __init__(
         self, num_channels: int, *, scale: float = 1.0, eps: float = 1e-5, momentum: float = 0.1
@@ -87,8 +156,6 @@ class BatchNorm(nn.BatchNorm2d):
         self.register_buffer("running_var", torch.ones(num_channels))
         self.register_buffer("pending_mean", torch.zeros(num_channels), persistent=False)
         self.register_buffer("pending_var", torch.zeros(num_channels), persistent=False)
-        self.pending_count = 0
-        self.deferred = self.frozen = False
         # See synchronize().
         self.average: Callable[[Tensor], Tensor] | None = None
         self.num_processes = 1
@@ -98,9 +165,8 @@ class BatchNorm(nn.BatchNorm2d):
             raise _CannotConvert
         return super().__getattr__(name)
 
-    def train(self, mode: bool = True) -> Self:
-        """Change to training mode, unless the norm is frozen (`tetdist.models.freeze`)."""
-        return super().train(mode and not self.frozen)
+    def sums_and_running(self) -> list[tuple[Tensor, Tensor]]:
+        return [(self.pending_mean, self.running_mean), (self.pending_var, self.running_var)]
 
     def forward(self, current: Tensor, copies: int = 1) -> Tensor:
         """Normalise (T, B, C, H, W), or (N, C, H, W) of a network that folds time into its batch;
@@ -148,21 +214,6 @@ class BatchNorm(nn.BatchNorm2d):
         self.pending_var += var * (num_values / max(num_values - 1, 1))
         self.recorded()
 
-    @torch.no_grad()
-    def recorded(self) -> None:
-        """Record that a batch was added to pending_mean and pending_var."""
-        self.pending_count += 1
-        if not self.deferred:
-            self.running_mean.lerp_(self.pending_mean / self.pending_count, self.momentum)
-            self.running_var.lerp_(self.pending_var / self.pending_count, self.momentum)
-            self.discard()
-
-    def discard(self) -> None:
-        """Discard what was recorded since the last update of the running statistics."""
-        self.pending_mean.zero_()
-        self.pending_var.zero_()
-        self.pending_count = 0
-
     def extra_repr(self) -> str:
         return f"{self.num_channels}, scale={self.scale:.4g}, momentum={self.momentum}"
 
@@ -196,18 +247,19 @@ def synchronize(
     Args:
         average_over_ranks: Maps a tensor, in place, to its mean over all processes.
     """
-    for norm in _norms(model):
+    for norm in (module for module in model.modules() if isinstance(module, BatchNorm)):
         norm.average, norm.num_processes = average_over_ranks, num_processes
 
 
-def _norms(model: nn.Module) -> list[BatchNorm]:
-    return [module for module in model.modules() if isinstance(module, BatchNorm)]
+def running_states(model: nn.Module) -> list[RunningState]:
+    """Return a model's batch norms and other layers with running values."""
+    return [module for module in model.modules() if isinstance(module, RunningState)]
 
 
 def defer_running_statistics(model: nn.Module) -> None:
     """Defer the running statistics until `update_running_statistics` is called."""
-    for norm in _norms(model):
-        norm.deferred = True
+    for state in running_states(model):
+        state.deferred = True
 
 
 @torch.no_grad()
@@ -226,22 +278,24 @@ def update_running_statistics(
         apply: 0-dimensional bool tensor on the model's device; if False, the step was skipped and
             the statistics stay as they are. Not read on the host.
     """
-    for momentum in {norm.momentum: None for norm in _norms(model)}:
-        norms = [n for n in _norms(model) if n.pending_count and n.momentum == momentum]
-        if norms:
-            _move_all(norms, momentum, average_over_ranks, apply)
+    states = running_states(model)
+    for momentum in {state.momentum: None for state in states}:
+        moving = [s for s in states if s.pending_count and s.momentum == momentum]
+        if moving:
+            _move_all(moving, momentum, average_over_ranks, apply)
 
 
 def _move_all(
-    norms: list[BatchNorm],
+    states: list[RunningState],
     momentum: float,
     average_over_ranks: Callable[[Tensor], Tensor],
     apply: Tensor | None,
 ) -> None:
-    """Update the running statistics of norms, on a GPU in a few kernels for all of them."""
-    pending = [t for n in norms for t in (n.pending_mean, n.pending_var)]
-    running = [t for n in norms for t in (n.running_mean, n.running_var)]
-    counts = [float(n.pending_count) for n in norms for _ in range(2)]
+    """Update the running values of layers, on a GPU in a few kernels for all of them."""
+    moving = [(state, *pair) for state in states for pair in state.sums_and_running()]
+    pending = [total for _, total, _ in moving]
+    running = [values for _, _, values in moving]
+    counts = [float(state.pending_count) for state, *_ in moving]
     sizes = [tensor.numel() for tensor in running]
     averages = average_over_ranks(torch.cat(torch._foreach_div(pending, counts)))
     moved = torch._foreach_lerp(running, averages.split(sizes), momentum)
@@ -249,5 +303,5 @@ def _move_all(
         moved = torch.where(apply, torch.cat(moved), torch.cat(running)).split(sizes)
     torch._foreach_copy_(running, moved)
     torch._foreach_zero_(pending)
-    for norm in norms:
-        norm.pending_count = 0
+    for state in states:
+        state.pending_count = 0

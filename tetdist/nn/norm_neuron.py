@@ -51,7 +51,8 @@ def neuron_of(module: nn.Module) -> NeuronConfig | None:
 
 def is_causal(model: nn.Module) -> bool:
     """Return whether a model's logits at t are independent of T: one pass gives all smaller T."""
-    return all(neuron.causal for neuron in neurons_of(model))
+    looks_ahead = getattr(model, "looks_ahead", None)
+    return not looks_ahead and all(neuron.causal for neuron in neurons_of(model))
 
 
 def firing_layers(model: nn.Module) -> dict[str, nn.Module]:

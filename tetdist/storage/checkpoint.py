@@ -57,6 +57,7 @@ class Description(BaseModel):
         averaged: Description of the average, if the weights are one; None: they are not.
         binning: Parameters by which the events were binned, and their sensor; None: unknown.
         commit: Commit of the code that trained them; None: unknown.
+        looks_ahead: The verdict on a user's network, see `check_network`; None: not decided.
     """
 
     model_config = ConfigDict(strict=True, frozen=True)
@@ -73,6 +74,7 @@ class Description(BaseModel):
     averaged: str | None = None
     binning: dict[str, Any] | None = None
     commit: str | None = None
+    looks_ahead: bool | None = None
 
 
 @dataclass(frozen=True)

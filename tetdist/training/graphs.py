@@ -10,7 +10,7 @@ all at once, on the memory that they used during capture. So:
 * random numbers that a network of an imported file draws depend on the seed of torch's generator at
   the launch, so the trainer seeds it before each micro-batch, as without graphs;
 * Python code runs only at capture. The only effect that matters is the count of recorded batches
-  (`BatchNorm.pending_count`), which is corrected here.
+  (`RunningState.pending_count`), which is corrected here.
 
 Learning rate, averaging over processes, update and running statistics stay outside the graph.
 """
@@ -25,7 +25,7 @@ from torch import Tensor
 
 from tetdist.errors import UserError
 from tetdist.models import SpikingNetwork
-from tetdist.nn.batch_norm import BatchNorm
+from tetdist.nn.batch_norm import running_states
 
 # Calls before the capture: libraries choose algorithms and allocate memory, kernels are compiled,
 # and gradients get their final addresses. torch's documentation uses three.
@@ -62,7 +62,7 @@ class Graphed:
             together: A context for what may fail on some processes; see `World.together`.
         """
         self._function, self._model, self._together = function, model, together
-        self._norms = [module for module in model.modules() if isinstance(module, BatchNorm)]
+        self._states = running_states(model)
         self._graphs: dict[int, _Graph] = {}  # by T
         self._pool = functools.cache(torch.cuda.graph_pool_handle)
         self._stream = functools.cache(torch.cuda.Stream)
@@ -82,8 +82,8 @@ class Graphed:
             static.copy_(tensor)
         result, replay = graph.captured
         replay()
-        for norm, records in zip(self._norms, graph.records, strict=True):
-            norm.pending_count += records
+        for state, records in zip(self._states, graph.records, strict=True):
+            state.pending_count += records
         return result
 
     def _capture(self, given: tuple[Tensor, ...]) -> None:
@@ -92,20 +92,20 @@ class Graphed:
         # Restore what the calls before the capture change: this micro-batch counts once.
         grads = [None if p.grad is None else p.grad.clone() for p in parameters]
         buffers = [(buffer, buffer.clone()) for buffer in self._model.buffers()]
-        counts = before = [norm.pending_count for norm in self._norms]
+        counts = before = [state.pending_count for state in self._states]
 
         def once() -> Tensor:
             nonlocal before
-            before = [norm.pending_count for norm in self._norms]
+            before = [state.pending_count for state in self._states]
             return self._function(*inputs)
 
         device = given[0].device
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             captured = capture(once, self._pool, self._stream)
-        after = [norm.pending_count for norm in self._norms]
+        after = [state.pending_count for state in self._states]
         records = [now - then for now, then in zip(after, before, strict=True)]
-        for norm, count in zip(self._norms, counts, strict=True):
-            norm.pending_count = count
+        for state, count in zip(self._states, counts, strict=True):
+            state.pending_count = count
         for buffer, values in buffers:
             buffer.copy_(values)
         for parameter, grad in zip(parameters, grads, strict=True):

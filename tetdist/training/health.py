@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from tetdist.errors import UserError
-from tetdist.nn.batch_norm import BatchNorm
+from tetdist.nn.batch_norm import BatchNorm, RunningState
 from tetdist.nn.norm_neuron import FusedLayer
 from tetdist.wording import counted
 
@@ -148,7 +148,7 @@ def examine(
         for name, module in model.named_modules():
             if isinstance(module, (nn.Conv2d, nn.Linear, BatchNorm, FusedLayer)):
                 stack.enter_context(module.register_forward_hook(look(name)))
-            if isinstance(module, BatchNorm):
+            if isinstance(module, RunningState):
                 stack.callback(module.discard)
         for images, labels in batches:
             value = loss(images, labels)

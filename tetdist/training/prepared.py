@@ -16,7 +16,7 @@ from tetdist.datasets.index import Index
 from tetdist.distributed.world import World
 from tetdist.errors import UserError
 from tetdist.models import SpikingNetwork
-from tetdist.network import choose_kernels, make_model
+from tetdist.network import agree_on_looks_ahead, choose_kernels, make_model
 from tetdist.nn import batch_norm, neurons
 from tetdist.nn.precision import choose_algorithms, parameter_type
 from tetdist.storage import checkpoint, selection
@@ -77,6 +77,16 @@ class Prepared:
         due = step_in_epoch == 0 and epoch % self.config.evaluate_every == 0
         return due or step == self.last_step
 
+    def decide_looks_ahead(self) -> None:
+        """Check a user's network again, with its present weights, if that is not decided."""
+        if not self.config.model.is_own or self.model.looks_ahead is not None:
+            return
+        state = self.model.state_dict()
+        with self.world.together(), torch.random.fork_rng(devices=[]):
+            copy = make_model(self.config, self.train, lambda copy: copy.load_state_dict(state))
+        self.model.looks_ahead = copy.looks_ahead
+        agree_on_looks_ahead(self.model, self.world)
+
     def progress(self, step: int) -> RunProgress:
         """Return the progress display of rank 0 from ``step`` on; others show nothing."""
         return RunProgress(
@@ -95,6 +105,8 @@ def prepare(config: RunConfig, world: World) -> Prepared:
     """Open data and build the model, on every process."""
     with world.together():
         prepared = _prepare(config, world)
+    if config.model.is_own:
+        agree_on_looks_ahead(prepared.model, world)
     if config.execution == "fused":
         with world.together():
             choose_kernels(world)

@@ -121,4 +121,5 @@ def _describe(
         imports=checksums_of(without_losses(config.imports)),
     )
     # A file lists only what is set.
-    return description.model_copy(update={"binning": binning} if binning else {})
+    known = {"binning": binning, "looks_ahead": run.model.looks_ahead}
+    return description.model_copy(update={k: v for k, v in known.items() if v is not None})

@@ -23,6 +23,7 @@ class RunState:
     world_size: int
     data: str  # the index's fingerprint
     teacher: str | None  # the teacher's fingerprint
+    looks_ahead: bool | None = None  # see `check_network`
 
 
 def restore(saved: checkpoint.Checkpoint, run: Prepared, average: WeightAverage | None) -> RunState:
@@ -31,7 +32,10 @@ def restore(saved: checkpoint.Checkpoint, run: Prepared, average: WeightAverage 
     Raises:
         UserError: The run cannot continue from it.
     """
-    state = RunState(**{field.name: saved.state[field.name] for field in fields(RunState)})
+    names = [field.name for field in fields(RunState)]
+    state = RunState(**{name: saved.state[name] for name in names if name in saved.state})
+    if state.looks_ahead is not None:
+        run.model.looks_ahead = state.looks_ahead
     checkpoint.load_weights(run.model, saved.model, saved.path)
     if average is not None:
         if saved.average is None:

@@ -134,7 +134,7 @@ def _from_checkpoint(path: Path, config: RunConfig, index: Index) -> _Loaded:
     side = config.data.image_size
     shape = (3, side, side) if frames is None else (model.timesteps, *frames[1:])
     try:
-        trained.model.refuse_mixing(model, shape)
+        trained.model.check_own(model, shape)
     except UserError as error:
         raise UserError(f"{KEY}: {error} in {path}'s own run") from error
     return model, trained.data.mean, trained.data.std

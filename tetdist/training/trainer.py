@@ -234,6 +234,7 @@ class Trainer:
 
     def _evaluate(self) -> None:
         """Evaluate and save; if a stop interrupts, save alone, and the resumed run evaluates."""
+        self.prepared.decide_looks_ahead()
         try:
             evaluations = self.evaluations.at(self.step)
         except Interrupted:
@@ -273,6 +274,7 @@ class Trainer:
             world_size=self.world.world_size,
             data=self.prepared.train.fingerprint,
             teacher=None if self.teacher is None else self.teacher.fingerprint,
+            looks_ahead=self.prepared.model.looks_ahead,
         )
         self.saving.begin(now, self.engine.optimizer_state(), self.average, evaluated, self.tracker)
 

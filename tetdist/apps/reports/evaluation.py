@@ -59,7 +59,8 @@ def evaluate_checkpoint(options: argparse.Namespace) -> None:
         with world.together():
             opened = open_checkpoint(options, world)
         config, split = opened.config, opened.split
-        model = load_model(config, split, opened.weights, options.checkpoint, world)
+        verdict = opened.description.looks_ahead
+        model = load_model(config, split, opened.weights, options.checkpoint, world, verdict)
         model.set_timesteps(opened.subject.headline)
         alive = partial(watch.progress, "the evaluation")
         evaluator = Evaluator(model, config, split, world, alive)
@@ -107,6 +108,7 @@ def evaluate_in_integers(
     most = max(opened.description.timesteps, *opened.subject.reported_timesteps)
     with world.together():
         converted: Any = integers.convert(trained, most)
+    converted.looks_ahead = evaluator.model.looks_ahead
     evaluator = replace(evaluator, model=converted.to(world.device))
     result = evaluate_network(evaluator, opened, options, also=whole.add)
     (changed,) = world.sum([real.differing(whole)])

@@ -86,7 +86,7 @@ def see(
             )
         known = config.model.num_classes
         index = evaluated.with_classes_of_model(index, description.classes, known, str(source))
-        model = load_model(config, index, weights, source, world)
+        model = load_model(config, index, weights, source, world, description.looks_ahead)
     model.set_timesteps(description.timesteps)
     model.eval()
     with eval_batches(

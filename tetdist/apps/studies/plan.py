@@ -130,7 +130,12 @@ class StudyRun:
     def is_evaluated_again(self) -> bool:
         """True if the run needs a separate evaluation after training."""
         beyond = self.timesteps < max(self.study.test_timesteps)
-        return beyond or self.is_judged_apart or not self.config.model.neuron.causal
+        return beyond or self.is_judged_apart or not self.shows_each
+
+    @property
+    def shows_each(self) -> bool:
+        """True if one evaluation surely shows the results at all smaller T."""
+        return self.config.model.neuron.causal and not self.config.model.is_own
 
     @property
     def is_judged_apart(self) -> bool:
@@ -145,7 +150,7 @@ class StudyRun:
     def eval_command(self) -> "Command":
         study, config = self.study, self.config
         # One evaluation at the last T gives all T, and early exit up to it, whatever T was trained.
-        tested = study.test_timesteps[-1:] if config.model.neuron.causal else study.test_timesteps
+        tested = study.test_timesteps[-1:] if self.shows_each else study.test_timesteps
         words = ["--checkpoint", str(self.folder), "--timesteps", ",".join(map(str, tested))]
         words += ["--json", str(self.folder / EVALUATION_FILE)]
         words += [] if study.exit_within is None else ["--exit-within", f"{study.exit_within:g}"]

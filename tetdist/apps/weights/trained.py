@@ -89,7 +89,8 @@ def load(
     if (recorded := path / "environment.json").is_file():  # It is a run folder.
         changes["commit"] = git_version(parse_json(recorded.read_text())["git"]) or None
     trained = Trained(model.eval(), config, description.model_copy(update=changes))
-    config.model.refuse_mixing(model, trained.examples(1).shape[1:])
+    model.looks_ahead = description.looks_ahead
+    config.model.check_own(model, trained.examples(1).shape[1:])
     return trained
 
 

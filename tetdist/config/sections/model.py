@@ -138,15 +138,24 @@ class ModelSection(Section):
             arguments=self.arguments,
         )
 
-    def refuse_mixing(self, model: "SpikingNetwork", shape: Sequence[int]) -> None:
-        """Refuse a user's network or neuron that mixes samples or is wrong; see `separate.py`."""
+    @property
+    def has_own_neuron(self) -> bool:
+        """True if the neuron is of an imported file."""
+        return not type(self.neuron).__module__.startswith("tetdist.")
+
+    @property
+    def is_own(self) -> bool:
+        """True if the network or its neuron is of an imported file."""
         import timm
 
-        from tetdist.models.separate import check_neuron, refuse_mixing
+        maker = timm.model_entrypoint(self.name)
+        return self.has_own_neuron or not maker.__module__.startswith("tetdist.")
 
-        makers = (timm.model_entrypoint(self.name), type(self.neuron))
-        foreign = [not maker.__module__.startswith("tetdist.") for maker in makers]
-        if foreign[1]:
+    def check_own(self, model: "SpikingNetwork", shape: Sequence[int]) -> None:
+        """Check a user's network or neuron; see `separate.py`."""
+        from tetdist.models.separate import check_network, check_neuron
+
+        if self.has_own_neuron:
             check_neuron(self.neuron, model.timesteps)
-        if any(foreign) and not self.mixes_samples:
-            refuse_mixing(self.name, model, shape)
+        if self.is_own:
+            check_network(self.name, model, shape, may_mix=self.mixes_samples)
