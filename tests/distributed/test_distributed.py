@@ -208,10 +208,11 @@ def test_tensors_are_averaged_in_the_order_of_memory(device, monkeypatch):
 
     def reduce(flat, op=dist.ReduceOp.SUM):
         sent.append(flat.clone())
-        flat.mul_({dist.ReduceOp.SUM: 2, dist.ReduceOp.AVG: 1}[op])
+        flat.mul_(4).add_(1).div_({dist.ReduceOp.SUM: 1, dist.ReduceOp.AVG: 2}[op])
 
     monkeypatch.setattr(dist, "all_reduce", reduce)
-    monkeypatch.setattr(torch.cuda, "Event", Mock())  # which torch for CPUs has not
+    # Which torch for CPUs has not.
+    monkeypatch.setattr(torch.cuda, "Event", Mock(return_value=Mock(query=lambda: False)))
     tensors = [
         torch.randn(4, 3, 3, 3).to(memory_format=torch.channels_last),
         torch.randn(()),
@@ -220,9 +221,9 @@ def test_tensors_are_averaged_in_the_order_of_memory(device, monkeypatch):
         torch.randn(3, dtype=torch.float64),
     ]
     before, strides = [t.clone() for t in tensors], [t.stride() for t in tensors]
-    # Of two processes that have the same.
+    # The other of two processes has three times the values, plus 1.
     World(0, 2, torch.device(device), None).mean_all_(tensors)
-    assert all(map(torch.equal, tensors, before))
+    assert all(map(torch.equal, tensors, [(4 * own + 1) / 2 for own in before]))
     assert [t.stride() for t in tensors] == strides
     assert [flat.dtype for flat in sent] == [torch.float32, torch.float64]
     assert torch.equal(sent[0][:108], before[0].permute(0, 2, 3, 1).flatten())
