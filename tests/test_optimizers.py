@@ -54,6 +54,18 @@ def test_what_neurons_learn_never_decays(kind, asked, kept):
     assert {decay for name, decay in found.items() if name not in kept} == {0.3}
 
 
+@pytest.mark.parametrize(
+    ("kind", "values"),
+    [
+        ("sgd", {"momentum": 0.7, "nesterov": True}),
+        *((kind, {"betas": (0.8, 0.95)}) for kind in ("adam", "adamw", "timm:lamb")),
+    ],
+)
+def test_what_the_section_says_reaches_every_group(kind, values):
+    for group in make_optimizer(network(), section(kind=kind, **values)).param_groups:
+        assert group.items() >= (values | {"lr": 0.1}).items()
+
+
 @pytest.mark.parametrize("kind", ["sgd", "timm:lamb"])
 @pytest.mark.parametrize("name", ["spiking_convnet", "qkformer_2_256_dvs", "spiking_resnet19"])
 def test_layer_decay_is_that_of_timm(name, kind):

@@ -134,6 +134,22 @@ def test_a_killed_loader_is_reported(config, tiny_copy, alone):
     assert not multiprocessing.active_children()
 
 
+def test_a_slot_is_given_back_once():
+    """Also before an empty batch, which has none; twice, two batches would share it."""
+    batch = loader.Batch(torch.empty(0), torch.zeros(0), np.zeros(0))
+    written = [
+        own_process._Written(slot, (number,), torch.float32, (1,), batch)
+        for slot, number in ((1, 2), (0, 0), (2, 2))
+    ]
+    channel, apart = MagicMock(), object.__new__(own_process.LoaderProcess)
+    channel.recv.side_effect = written
+    memory = torch.zeros(3, 8, dtype=torch.uint8)
+    vars(apart).update(_channel=channel, _memory=memory, _used=None, _ended=False)
+    for _ in written:
+        next(apart)
+    assert channel.send.call_args_list == [call(1)]
+
+
 def test_missing_memory_is_reported(monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")

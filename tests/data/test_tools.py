@@ -315,10 +315,14 @@ def test_a_stopped_index_continues(image_root, capsys, monkeypatch):
     known = journal.read_bytes()
     journal.write_bytes(known + b"\0\n" + known[:99])  # A power cut, and a kill in mid-line.
     shutil.copy(root / samples[0][30], root / samples[0][2])
+    times = (root / samples[0][4]).stat().st_mtime_ns
+    shutil.copy(root / samples[0][30], root / samples[0][4])
+    os.utime(root / samples[0][4], ns=(times, times))  # of another size alone
+    os.utime(root / samples[0][6], ns=(1, 1))
     (root / samples[0][3]).unlink()
     monkeypatch.setattr(os, "kill", lambda *_: None)
     assert index() == 0
-    assert probed == [samples[0][2], *samples[0][64:], *samples[1]]
+    assert probed == [*samples[0][2:8:2], *samples[0][64:], *samples[1]]
     assert sorted(file.name for file in journal.parent.iterdir()) == ["train.npz", "val.npz"]
     found = load_index(root / "index" / "train.npz")
     assert found.fingerprint == build_index(root, "train", 1)[0].fingerprint

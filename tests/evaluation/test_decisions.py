@@ -51,6 +51,15 @@ def test_a_sample_is_decided_when_it_is_sure_enough(alone):
     assert list(curve) == list(THRESHOLDS)
 
 
+def test_a_sample_whose_confidence_is_the_threshold_is_decided():
+    """Of a stream as of a whole pass."""
+    stream = SimpleNamespace(step=lambda _: torch.zeros(1, 2))
+    model = SimpleNamespace(stream=lambda: stream, timesteps=3, input_kind="images")
+    _, exits = early_exit.decide(model, torch.zeros(1, 1), 0.5)
+    assert exits.tolist() == [1]
+    assert early_exit.first_sure(torch.full((3, 1), 0.5), 0.5).tolist() == [0]
+
+
 def chosen(world, logits, labels, within, classes=("a", "b")):
     """The choice on a batch of two classes; without classes, it has no labels."""
     found = SimpleNamespace(samples=len(labels), top1=50.0)

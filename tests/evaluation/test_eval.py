@@ -121,6 +121,8 @@ def test_whole_numbers_are_evaluated_beside_real_ones(
     changed = whole["real_numbers"]["changed"]
     assert NUM_SAMPLES / 4 > changed >= abs(whole["top1"] - real["top1"]) * NUM_SAMPLES / 100 - 0.1
     assert f"top-1 {real['top1']:.2f} %; different decisions: {changed} of {NUM_SAMPLES}" in out
+    # Ranges are proven for the largest T that is asked for.
+    assert found("--int8", "--timesteps", "1,5")[0]["timesteps"] == 5
     # A network that always prefers the least likely class decides otherwise.
     reversed_network = convert(load(run), 3)
     reversed_network.description["logit"] *= -1

@@ -1,5 +1,6 @@
 """Evaluation of networks with neurons other than LIF."""
 
+import re
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -124,9 +125,11 @@ def test_of_a_network_from_outside_all_but_what_is_known_of_ours_is_reported(alo
     assert (result.operations, result.evaluation.firing_rate) == (None, {})
     for text in (as_text(result), html_page(result)):
         assert "operations are only counted for" in text
-    model.forward = lambda x, **_: torch.zeros(len(x), 4)
-    with pytest.raises(UserError, match=r"returned \(24, 4\) .* must return logits \(3, 24, cl"):
-        run_suite(evaluator, subject(3, [3]))
+    for shape in ((24, 4), (2, 24, 4), (3, 23, 4)):
+        model.forward = lambda *_, shape=shape, **__: torch.zeros(shape)
+        words = rf"returned {re.escape(str(shape))} .* must return logits \(3, 24, cl"
+        with pytest.raises(UserError, match=words):
+            run_suite(evaluator, subject(3, [3]))
 
 
 def test_a_training_says_of_what_is_not_causal_only_the_whole(alone):

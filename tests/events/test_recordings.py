@@ -111,9 +111,10 @@ def test_evt3_vectors_are_events_side_by_side(tmp_path):
     ],
 )
 def test_events_before_the_first_time_are_dropped(tmp_path, write, word, sensor):
-    header, end, body = write(MADE).partition(b"% end\n")
+    made = MADE._replace(t=MADE.t - MADE.t[0])  # The first time is 0.
+    header, end, body = write(made).partition(b"% end\n")
     events = read(tmp_path, "1.raw", header + end + word.tobytes() + body)
-    check(events, MADE, sensor)
+    check(events, made, sensor)
     assert events.dropped == 2  # with the trigger
 
 
@@ -144,12 +145,14 @@ def test_a_record_that_begins_like_a_header_is_none(tmp_path):
     assert (len(events), int(events.t[0]), int(events.x[0])) == (1, 9, 239 - 12)
 
 
-@pytest.mark.parametrize("polarity", [MADE.p, MADE.p * 2 - 1, MADE.p.astype(bool)])
+@pytest.mark.parametrize(
+    "polarity", [MADE.p, MADE.p * 2 - 1, MADE.p.astype(bool), 0 * MADE.p - 1, 0 * MADE.p]
+)
 def test_arrays_with_either_code_of_polarity_are_read(tmp_path, polarity):
-    arrays = {**MADE._asdict(), "p": polarity}
-    check(read(tmp_path, "1.npz", npz(**arrays), Sensor(34, 34)), MADE, (34, 34))
+    arrays, made = {**MADE._asdict(), "p": polarity}, MADE._replace(p=polarity > 0)
+    check(read(tmp_path, "1.npz", npz(**arrays), Sensor(34, 34)), made, (34, 34))
     data = hdf5("events", **arrays)
-    check(read(tmp_path, "1.h5", data, Sensor(34, 34)), MADE, (34, 34))
+    check(read(tmp_path, "1.h5", data, Sensor(34, 34)), made, (34, 34))
 
 
 def test_arrays_may_say_their_sensor_and_be_one_table(tmp_path):

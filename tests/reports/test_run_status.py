@@ -166,6 +166,9 @@ def test_several_runs_are_a_table_and_json(tmp_path, monkeypatch, capsys):
     assert failed in capsys.readouterr().out
     assert command.main(["study"]) == 0
     assert f"runs/study/wild: failed (see {log.resolve()})\n" in capsys.readouterr().out
+    log.write_text("error: of an earlier start\ntraining\n")
+    assert command.main(["study"]) == 0
+    assert "runs/study/wild: begun\n" in capsys.readouterr().out
     made(Path("runs/study/more/deep"), [], None)  # below a study, such as a data set
     listed, glob = [], Path.glob
     monkeypatch.setattr(Path, "glob", lambda path, what: listed.append(path) or glob(path, what))

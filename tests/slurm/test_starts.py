@@ -4,6 +4,7 @@ Slurm's commands are answered by an object here; test_runs.py has the real ones.
 """
 
 import contextlib
+import os
 import signal
 import subprocess
 import time
@@ -138,6 +139,16 @@ def test_starts_in_vain_are_those_in_a_row_at_this_step(steps, vain, start):
     # A new submission is a new attempt.
     note(this, ("submitted", 5, ""))
     this._begin()
+
+
+def test_places_of_processes_are_those_of_srun(monkeypatch):
+    place = {"JOB_ID": "12", "PROCID": "5", "LOCALID": "1", "NODEID": "1", "NTASKS": "8"}
+    place |= {"JOB_NUM_NODES": "2", "JOB_NODELIST": "node[1-2]"}
+    variables = {f"SLURM_{name}": value for name, value in place.items()}
+    monkeypatch.setattr(os, "environ", dict(os.environ) | variables)
+    placement.export_place()
+    expected = {"RANK": "5", "LOCAL_RANK": "1", "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4"}
+    assert os.environ.items() >= expected.items()
 
 
 COMPLETING = "JobId=12 JobState=COMPLETING Reason="

@@ -200,7 +200,10 @@ def test_lines_from_the_end_are_those_from_the_beginning(block, torn, tmp_path, 
     monkeypatch.setattr(metrics_file, "_BLOCK", block)
     path = tmp_path / "metrics.jsonl"
     for steps in range(4):
-        lines = [{"kind": "train", "step": step, "loss": math.inf} for step in range(steps)]
+        lines = [
+            {"kind": "train", "step": step, "loss": (-1) ** step * math.inf}
+            for step in range(steps)
+        ]
         path.write_text("".join(json.dumps(strict(line)) + "\n" for line in lines) + torn)
         assert list(from_end(path)) == read_metrics(path)[::-1] == lines[::-1]
     path.write_text(f'{{"kind": "train", "step": 1}}\n{{\n{{"kind": "val", "step": 2}}\n{torn}')
@@ -299,8 +302,9 @@ def test_a_resumed_run_is_the_same_run_and_no_point_is_there_twice(store, tmp_pa
     assert first.status == "RUNNING"
     tracker = store.open(run_dir, 2, params={"lr": 0.2, "new": 1})
     train(tracker, 3, 8, 200.0)
-    tracker.close("FAILED")
-    assert store.run(run_dir).info.status == "FAILED"
+    tracker.close("KILLED")
+    assert store.run(run_dir).info.status == "KILLED"
+    assert store.run(run_dir).info.end_time >= first.start_time
     tracker = store.open(run_dir, 3, tags={"loss": "sdt"})
     tiny.wait_until(lambda: store.run(run_dir).info.status == "RUNNING", 40)
     train(tracker, 4, 8, 200.0)

@@ -17,6 +17,7 @@ from tetdist.apps.reports import observers
 from tetdist.distributed.watchdog import CONTINUES
 from tetdist.distributed.world import join
 from tetdist.storage import checkpoint, selection
+from tetdist.tracking.tracker import Tracker
 from tetdist.training import evaluating, window
 from tetdist.training import step as step_module
 from tetdist.training.engines.base import Update
@@ -65,8 +66,10 @@ def test_checkpoints_come_at_their_steps_and_at_the_end_of_each_epoch(
 def test_training_goes_on_while_a_checkpoint_is_written(main, tiny_config, tmp_path, monkeypatch):
     """What is written is the state of its step, copied before the next ones change it."""
     written, train_step, write = threading.Event(), Trainer._train_step, checkpoint.save
+    synced = []
 
     def write_later(*arguments, **options):
+        assert synced.pop()  # After a power cut the checkpoint has no more steps than the metrics.
         assert written.wait(30)
         return write(*arguments, **options)
 
@@ -77,6 +80,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(main, tiny_config, tmp_p
             written.set()
         return train_step(self)
 
+    monkeypatch.setattr(Tracker, "sync", lambda _: synced.append(True))
     monkeypatch.setattr(checkpoint, "save", write_later)
     monkeypatch.setattr(Trainer, "_train_step", step)
     file = tiny_config({"save": {"every_steps": 2, "keep_last": 9}, "ema.decay": 0.8})

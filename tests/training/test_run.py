@@ -2,13 +2,14 @@
 
 import contextlib
 import signal
+from unittest.mock import Mock
 
 import pytest
 import tiny
 
 from tetdist.config.loading import parse
 from tetdist.errors import PeerFailed, Stopped
-from tetdist.training import run
+from tetdist.training import run, run_record
 from tetdist.training.run_record import Launcher
 
 CONFIG = parse(tiny.changed(tiny.CONFIG, {"name": "x", "data.root": "/nowhere"}), "x")
@@ -74,3 +75,27 @@ def test_status_is_that_of_the_signal(monkeypatch):
     monkeypatch.setattr(run, "Trainer", Trainer)
     assert run.train(CONFIG, nobody, Launcher(on_failure=reported.append)) == 128 + signal.SIGUSR1
     assert reported == []
+
+
+@pytest.mark.parametrize(
+    ("error", "number", "status"),
+    [
+        # Its launcher starts it again.
+        (Stopped(), signal.SIGUSR2, "RUNNING"),
+        (Stopped(), signal.SIGTERM, "KILLED"),
+        (ValueError(), 0, "FAILED"),
+    ],
+)
+def test_status_in_trackers_is_that_of_the_end(error, number, status, monkeypatch):
+    tracker = Mock()
+    monkeypatch.setattr(run_record, "Tracker", lambda *_: tracker)
+    for name in ("_tags", "_note"):
+        monkeypatch.setattr(run_record, name, lambda *_: {})
+    prepared = Mock(config=CONFIG, world=Mock(rank=0, gather=lambda host: [host]))
+    launcher, stop = Launcher(restarts_after=[signal.SIGUSR2]), Mock(exit_status=128 + number)
+    with (
+        pytest.raises(type(error)),
+        run_record.recorded(prepared, launcher, 0, stop, finished=False),
+    ):
+        raise error
+    tracker.close.assert_called_once_with(status)

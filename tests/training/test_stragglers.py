@@ -1,10 +1,14 @@
 """The slowest rank of each line of metrics, and ranks that stay slow: named rightly, and once."""
 
+from unittest.mock import Mock
+
 import pytest
 import torch
 
 from tetdist.distributed.waiting import Waiting
+from tetdist.training.engines.base import Update
 from tetdist.training.stragglers import RankTimes, Stragglers, compared
+from tetdist.training.window import Window
 
 
 def test_a_rank_is_named_after_ten_slow_lines_in_a_row():
@@ -27,6 +31,26 @@ def test_a_line_names_its_slowest_rank():
     slowest = {"rank": 1, "step_seconds": 1.6, "data_wait": 35}
     assert found == {"data_wait": 20, "step_seconds": 1.3, "slowest": slowest, "slowest_host": "b"}
     assert compared([RankTimes("a", 1.0, 0.1)], 2.0) == {"data_wait": 5}
+
+
+def test_waiting_for_the_others_is_not_a_ranks_own_time(monkeypatch):
+    now = 0.0
+    monkeypatch.setattr("time.monotonic", lambda: now)
+    waiting = Waiting(torch.device("cpu"))
+    world = Mock(
+        rank=0, device=torch.device("cpu"), waiting=waiting, gather=lambda host: [host] * 2
+    )
+    # The other rank needs the whole 4 s of both steps.
+    world.gather_numbers = lambda own: [own, [*own[:3], 2.0, 0.5]]
+    window = Window(8, world)
+    for step in (1, 2):
+        now += 1.0
+        with waiting.measured():
+            now += 1.0
+        window.add(step, Update(torch.tensor(1.0), torch.tensor(True)), torch.ones(3), 2)
+    values = window.close(0.0, None)
+    assert values["step_seconds"] == 1.5
+    assert values["slowest"] == {"rank": 1, "step_seconds": 2.0, "data_wait": 25}
 
 
 def test_a_gpu_is_asked_only_of_what_it_has_finished(monkeypatch):

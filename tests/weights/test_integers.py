@@ -260,6 +260,27 @@ def test_a_sum_that_could_overflow_is_refused_with_its_layer(tmp_path):
         convert(trained, T)
 
 
+def test_sums_and_spikes_are_proven_and_streams_are_rounded():
+    def signal(most):
+        high, one = torch.full((2,), most), torch.ones(2, dtype=torch.float64)
+        return integers._Signal(name="x", shape=(2, 1, 1), unit=one, low=0 * high, high=high)
+
+    builder = integers._Builder(nn.Module(), T)
+    with pytest.raises(UserError, match="b has spikes of up to 256 at T=3, and at most 255 fits"):
+        builder.plus("b", signal(128), signal(128))
+    term = integers._Term("linear", "fc", torch.ones(2, 2).double(), signal(2**26), {})
+    with pytest.raises(UserError, match=r"could overflow: fc has sums of up to 8,455,716,864 at"):
+        builder.weighted(term, term.scale, (2,))
+    by_channel = torch.tensor([1.0, 0.3], dtype=torch.float64)
+    term = integers._Term("identity", "x", by_channel, signal(255), {})
+    current = integers._Current([term], torch.tensor([0.7, -9.1]).double(), (2, 1, 1))
+    unit = builder.stream("y", current).unit.view(-1, 1, 1)
+    values = {key: builder.tensors[f"y.{key}"] for key in ("gains", "bias")}
+    x = torch.arange(256).view(-1, 1, 1, 1).expand(-1, 2, 1, 1)
+    real = (x * by_channel.view(-1, 1, 1) + current.bias.view(-1, 1, 1)) / unit
+    assert (integers._stream({}, values, x) - real).abs().max() <= 0.501
+
+
 @pytest.mark.parametrize(
     ("network", "neuron", "words"),
     [
