@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import re
 
 import pytest
 import tiny
@@ -38,28 +39,34 @@ def test_contestants_and_the_memory_that_the_documentation_promises(precision, m
     assert kept["tetdist, blocks"] < 0.25 * kept["tetdist, none"]
 
 
-def test_readmes_figure_shows_the_numbers_that_are_in_the_project(made, monkeypatch):
+def test_readmes_figure_shows_the_numbers_of_the_text_and_of_the_page(made, monkeypatch):
     drawn = []
     monkeypatch.setattr("sys.argv", ["readme_figure.py"])
     monkeypatch.setattr(style, "save", lambda figure, _: drawn.append(figure))
-    assert made("readme_figure").main() == 0
-    page, performance = (
-        json.loads((tiny.PROJECT / "docs" / file).read_text())
-        for file in ("results/losses.json", "performance/results.json")
-    )
+    figure, performance = made("readme_figure"), made("performance")
+    assert figure.main() == 0
     exits, costs = drawn[0].axes
-    rows = [one for one in page["differences"] if (one["entry"], one["control"]) == ("tet", "sdt")]
-    assert [label.get_text() for label in exits.get_yticklabels()] == [one["data"] for one in rows]
-    for place, (row, study) in enumerate(zip(rows, page["studies"].values(), strict=True)):
-        most = max(study["study"]["test_timesteps"])
-        tet, sdt = (x * most / 100 for x in exits.lines[3 * place].get_xdata())
-        assert tet - sdt == pytest.approx(row["differences"]["exit"]["mean"])
+    (text,) = re.findall(r"\[!\[(Mean timesteps .*)\]\(", (tiny.PROJECT / "README.md").read_text())
+    rows = re.findall(r"([\d.]+) and ([\d.]+) of (\d+)", text)
+    page = json.loads((tiny.PROJECT / "docs/results/losses.json").read_text())
+    holm = {
+        row["data"]: row["holm"]["exit"]
+        for row in page["differences"]
+        if (row["entry"], row["control"]) == ("tet", "sdt")
+    }
+    assert len(rows) == len(exits.get_yticklabels()) == len(holm)
+    for place, (row, label) in enumerate(zip(rows, exits.get_yticklabels(), strict=True)):
         texts = [text for text in exits.texts if text.xy[1] == place]
-        assert [text.get_text() for text in texts] == [f"{tet:.1f}", f"{sdt:.1f}", f"of {most}"]
-        assert {text.get_fontweight() == "bold" for text in texts} == {row["holm"]["exit"] < 0.05}
-    names = ("spikingjelly, eager", "relu", "tetdist, none", "tetdist, blocks")
-    rows = performance["sew_resnet34-bf16"]["rows"]
-    times, memory = ({row["name"]: row[key] for row in rows} for key in ("ratio", "kept_mib"))
-    assert [bar.get_width() for bar in costs.patches] == pytest.approx(
-        [values[name] / values["relu"] for values in (times, memory) for name in names]
-    )
+        assert [text.get_text() for text in texts] == [*row[:2], f"of {row[2]}"]
+        bold = holm[label.get_text()] < 0.05
+        assert {text.get_fontweight() == "bold" for text in texts} == {bold}
+        tet, sdt, most = map(float, row)
+        ends = [100 * tet / most, 100 * sdt / most]
+        assert list(exits.lines[3 * place].get_xdata()) == pytest.approx(ends, abs=6 / most)
+    table = r"\| bf16 \| (.*?) \| [\d.]+ \| ([\d.]+) \| [\d.]+ \| [\d.]+ \| ([\d.]+) \|"
+    costs_of = {name: each for name, *each in re.findall(table, performance.PAGE.read_text())}
+    names = [name.replace("relu", "ReLU") for name in figure.NAMES]
+    expected = [float(costs_of[name][column]) for column in (0, 1) for name in names]
+    assert [bar.get_width() for bar in costs.patches] == pytest.approx(expected, abs=0.0051)
+    assert f"takes {expected[2]:.2f} times the time" in text
+    assert f"and {expected[6]:.2f} of its memory" in text

@@ -2,6 +2,7 @@
 
 import json
 
+import pytest
 from samples import pixels
 
 from tetdist.apps.reports import style
@@ -30,7 +31,25 @@ def draw(folder, lines):
     return out
 
 
-def test_a_whole_run_with_two_phases(tmp_path):
+@pytest.fixture
+def figures(monkeypatch):
+    """The figures that are drawn, by the titles of their panels."""
+    drawn, save = [], style.save
+
+    def keep(figure, out):
+        drawn.append({axis.get_title(loc="left"): axis for axis in figure.axes})
+        save(figure, out)
+
+    monkeypatch.setattr(style, "save", keep)
+    return drawn
+
+
+def shown(axis):
+    """The points of an axis's lines."""
+    return [[*map(tuple, line.get_xydata().round(4).tolist())] for line in axis.lines]
+
+
+def test_a_whole_run_with_two_phases(tmp_path, figures):
     lines = []
     for step in range(10, 1210, 10):
         later = step > 900
@@ -41,6 +60,14 @@ def test_a_whole_run_with_two_phases(tmp_path):
     out = draw(tmp_path, lines)
     for colour in (TRAIN, VALIDATION, style.RATE, style.SPEED, style.QUIET):
         assert pixels(out, colour) > 100, colour
+    (panels,) = figures
+    # Training's values and its running means in each phase, then the evaluations.
+    assert shown(panels["Loss"])[3] == [(n, round(0.06 / n, 4)) for n in range(1, 13)]
+    best = next(line for line in panels["Top-1 accuracy"].lines if line.get_marker() == "*")
+    assert best.get_label() == "best: 54.96 % (epoch 12)"
+    assert shown(panels["Accuracy by timestep, epoch 12"]) == [[(1, 50), (2, 52), (3, 54.5)]]
+    assert panels["Learning rate"].get_yscale() == "log"
+    assert panels["Throughput"].get_ylabel().endswith(", median 1,400")
     # A moving average has curves of its own.
     assert pixels(out, style.AVERAGE) == 0
     averages = [
@@ -55,7 +82,7 @@ def test_a_whole_run_with_two_phases(tmp_path):
     assert _phase_borders(train[:90], val) == []
 
 
-def test_few_and_flawed_lines(tmp_path):
+def test_few_and_flawed_lines(tmp_path, figures):
     out = draw(tmp_path, [])
     (tmp_path / "metrics.jsonl").write_text('{"kind": "train", "st')
     learning_curves(tmp_path / "metrics.jsonl", out)
@@ -76,9 +103,13 @@ def test_few_and_flawed_lines(tmp_path):
         draw(tmp_path, flawed)
         assert reader.read() == before
     assert pixels(out, TRAIN) > 20
+    loss, top1, *_, speed, _ = figures[-1].values()
+    assert shown(loss)[:2] == [[(0.1, 0.7), (0.3, 0.2333)], [(0.3, 0.2)]]
+    assert shown(top1)[:2] == [[(0.1, 55), (0.2, 57.5)], []]
+    assert shown(speed)[0] == [(0.1, 1400), (0.3, 1400)]
 
 
-def test_firing_rates_show_what_is_dead_and_saturated(tmp_path):
+def test_firing_rates_show_what_is_dead_and_saturated(tmp_path, figures):
     def colours(*rates):
         metrics = tmp_path / "metrics.jsonl"
         lines = [val_line(100 * i, firing_rate=rate) for i, rate in enumerate(rates, start=1)]
@@ -98,6 +129,11 @@ def test_firing_rates_show_what_is_dead_and_saturated(tmp_path):
     # A single evaluation, a layer that has no value, and no layer or evaluation at all.
     assert colours({"layer1": 0.0})[0] > 5000
     colours({"layer0": 0.1}, alive)
+    (axis, _) = figures[-1].values()
+    rates = axis.collections[0].get_array()
+    assert rates[0].tolist() == [0.1, 0.1]
+    assert rates[1:].mask.tolist() == [[True, False]] * 3
+    assert axis.get_yticklabels()[0].get_text() == "layer0   10 %"
     (tmp_path / "plots" / "firing_rates.png").unlink()
     for line in (train_line(10), val_line(10, firing_rate={})):
         (tmp_path / "metrics.jsonl").write_text(json.dumps(line) + "\n")
