@@ -124,7 +124,7 @@ def _all_end_with_the_tests() -> Iterator[None]:
 def _without_what_others_imported() -> Iterator[None]:
     """Every test begins as a process does: without a user's own neurons, losses, optimisers."""
     yield
-    own = [name for name in sys.modules if name.startswith(f"{plugins.PACKAGE}.")]
+    own = [name for name in sys.modules if name.partition(".")[0] == plugins.PACKAGE]
     for name in own:
         del sys.modules[name]
     if own:

@@ -152,7 +152,7 @@ def test_import_on_the_command_line(main, tiny_config, tmp_path, capfd):
     (tmp_path / "my_loss.py").write_text(FILES["my_loss.py"])
     file = tiny_config({"phases.0.epochs": 1})
     missing = main(file, "loss.kind=late")
-    refused(missing, "loss.kind: there is no loss 'late'; ", "--import FILE.py")
+    refused(missing, "loss.kind=late: there is no loss 'late'; ", "--import FILE.py")
     expect(main(file, "loss.kind=late", "--import", str(tmp_path / "my_loss.py")))
     gain = "    gain: float = neurons.option(1.0, 'Gain.', gt=0)\n\n    def parameters"
     own = tmp_path / "my_neuron.py"

@@ -5,6 +5,7 @@ import io
 import os
 import tarfile
 from concurrent.futures import ThreadPoolExecutor
+from shlex import quote
 
 import numpy as np
 import psutil
@@ -249,7 +250,7 @@ def test_shards_that_changed_make_an_index_stale(shard_root, tmp_path, change, w
     change(dest / "imagenet1k-train-0001.tar")
     with pytest.raises(UserError, match=words) as error:
         ix.check_fresh(index, dest, file)
-    assert f"tools/images.py index {dest} --splits train" in str(error.value)
+    assert f"tools/images.py index {quote(str(dest))} --splits train" in str(error.value)
 
 
 def test_a_reader_names_what_it_cannot_read(shard_root):

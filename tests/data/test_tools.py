@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from shlex import quote
 
 import numpy as np
 import pytest
@@ -84,10 +85,10 @@ def test_a_test_folder_is_not_mistaken_for_what_training_takes(image_root, image
     root = image_root(per_class=1)
     (root / "val").rename(root / "test")
     output = images("index", root, status=2)
-    assert f"rename it to 'val', or link it, `ln -s test {root}/val`" in output
+    assert f"rename it to 'val', or link it, `ln -s test {quote(f'{root}/val')}`" in output
     output = images("index", root, "--splits", "train,test", status=2)
     assert "would not find 'test'" in output
-    assert f"`ln -s test {root}/val`, and leave out --splits" in output
+    assert f"`ln -s test {quote(f'{root}/val')}`, and leave out --splits" in output
     assert not (root / "index").exists()
     (root / "val").symlink_to("test")
     for options in ([], ["--splits", "train,test"]):
@@ -105,9 +106,10 @@ def test_data_to_evaluate_alone_need_no_train(image_root, images, name):
     shutil.rmtree(root / name / "bee")
     output = images("index", root)
     assert "1 image in 1 class" in output
-    assert f"eval.py RUN --data {root} --split {name}" in output
+    assert f"eval.py RUN --data {quote(str(root))} --split {name}" in output
     output = images("index", root, "--out", root / "other")
-    assert f"eval.py RUN --data {root} --index {root}/other --split {name}" in output
+    places = f"--data {quote(str(root))} --index {quote(f'{root}/other')}"
+    assert f"eval.py RUN {places} --split {name}" in output
     index = load_index(root / "index" / f"{name}.npz")
     assert index.classes == ("cow",)
     check_fresh(index, root)
@@ -124,7 +126,7 @@ def test_training_data_alone_are_indexed(image_root, images):
     config = load("own_images.yaml", [f"data.root={root}"])
     world = World(0, 1, torch.device("cpu"), control=None)
     for split in ("train", "val"):
-        with pytest.raises(UserError, match=f"index {root}`"):
+        with pytest.raises(UserError, match=f"index {quote(str(root))}`"):
             open_split(config.data, split, world)
     way_out = "add val/ and index it, or hold out training samples: data.held_out=0.1"
     assert way_out in images("index", root)

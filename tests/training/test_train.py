@@ -8,6 +8,7 @@ import shutil
 import signal
 import sqlite3
 from pathlib import Path
+from urllib.request import url2pathname
 
 import pytest
 import tiny
@@ -540,7 +541,7 @@ def test_mlflow_has_the_run_with_its_tags_and_artifacts(farm, tiny_config, tmp_p
     (final,) = rows("select step, value from metrics where key = 'final/top1'")
     assert final == (10, tiny.metrics(run, "val")[-1]["top1"])
     ((place,),) = rows("select artifact_uri from runs")
-    artifacts = Path(place.removeprefix("file://"))
+    artifacts = Path(url2pathname(place.removeprefix("file://")))
     (sent,) = artifacts.glob("checkpoints/*/model.safetensors")
     assert sent.read_bytes() == (tiny.newest(run) / "model.safetensors").read_bytes()
     assert {path.name for path in artifacts.iterdir()} >= {"config.yaml", "environment.json"}
