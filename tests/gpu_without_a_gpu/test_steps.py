@@ -7,15 +7,20 @@ the device, and kernels that are launched without need; they are blind to number
 
 import json
 import re
+import types
 from pathlib import Path
 
 import pytest
 import timm
+import torch
 from worker import launches
 
 from tetdist import models
 from tetdist.apps.check_gpu.steps import CASES
+from tetdist.config import loading
+from tetdist.errors import UserError
 from tetdist.nn.batch_norm import BatchNorm
+from tetdist.training import memory
 
 RECOMPUTE = {
     "blocks": "recompute=blocks",
@@ -190,6 +195,21 @@ def test_a_lack_of_memory_is_explained_by_computed_figures(ask):
     assert mib == pytest.approx(counted["tetdist, none"], rel=0.02)
     assert "recompute=blocks about" in answer["error"]
     assert "batch.micro=16 about" in answer["error"]
+
+
+def test_a_network_that_cannot_recompute_is_told_of_smaller_batches(monkeypatch):
+    def computed(config, *_):
+        if config.recompute != "none":
+            raise UserError("recompute: a spikingjelly network cannot recompute")
+        return config.batch.micro << 30
+
+    monkeypatch.setattr(memory, "activation_bytes", computed)
+    gpu = types.SimpleNamespace(total_memory=80 << 30)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: gpu)
+    config = loading.load("sew34_t4.yaml", ["data.root=none", "batch.micro=32"])
+    text = memory.explanation(config, None, None)
+    assert "batch.micro=32 needs about 32 GiB" in text
+    assert "that it has; batch.micro=16 about 16 GiB, with the same images" in text
 
 
 def test_gradients_are_added_up_in_a_few_launches(ask):

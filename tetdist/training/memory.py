@@ -110,9 +110,14 @@ def explanation(config: RunConfig, index: Index, device: torch.device) -> str:
         return f"{activation_bytes(changed, index, device) / 2**30:.3g} GiB"
 
     total = torch.cuda.get_device_properties(device).total_memory / 2**30
-    less = ", ".join(f"{name} about {gib(changes)}" for name, changes in ways)
+    less = []
+    for name, changes in ways:
+        with contextlib.suppress(UserError):  # Not every network recomputes its blocks.
+            less.append(f"{name} about {gib(changes)}")
+    others = (
+        f"{', '.join(less)}, with the same images in a step" if less else "a smaller network less"
+    )
     return (
         f"the GPU's memory is too small: batch.micro={micro} needs about {gib({})} for activations "
-        f"(computed) of the {total:.3g} GiB that it has; {less or 'a smaller network needs less'}. "
-        "The images of a step stay the same"
+        f"(computed) of the {total:.3g} GiB that it has; {others}"
     )
