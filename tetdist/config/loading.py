@@ -191,10 +191,10 @@ def draft(name: str, overrides: Sequence[str] = (), imports: Sequence[str | Path
     import_files(raw["imports"])
     config = checked(RunConfig, raw, str(path), overrides, origins)
     # A shell or Slurm would take another name for something else.
-    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*", config.name):
+    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]{,199}", config.name):
         raise UserError(
-            f"name: {config.name!r} must consist of letters (A to Z), digits and . _ -, and must "
-            "not begin with . or -; choose another name=..."
+            f"name: {config.name!r} must consist of letters (A to Z), digits and . _ -, at most "
+            "200, and must not begin with . or -; choose another name=..."
         )
     return Draft(config, str(path), overrides, origins)
 

@@ -102,10 +102,10 @@ class RunConfig(Section):
     checkpoint or of an export (tools/export.py), a .safetensors file (tools/convert.py makes one
     from other libraries' weights), hf:ORG/NAME[@REVISION] on the Hugging Face hub, or tetdist:NAME,
     which comes with the package. The optimiser's state is not loaded. Null: random weights."""
-    start_phase: Annotated[int, Field(ge=0)] = 0
+    start_phase: Annotated[int, Field(ge=0, le=10**6)] = 0
     """Number of the phase to begin with, counted from 0, as if the phases before it were done.
     Above 0 it needs init_checkpoint."""
-    peer_timeout: Annotated[float, Field(gt=0)] = 600.0
+    peer_timeout: Annotated[float, Field(gt=0, le=10**6)] = 600.0
     """Number of seconds without progress of one process after which all end with an error."""
     profile: Steps | None = None
     """First and last optimiser step, such as [20, 30] or 20..30, to profile on rank 0 with

@@ -88,6 +88,7 @@ class PSN(ParallelNeuron):
         "Number of timesteps T that the learnt weights combine; phases.N.timesteps must be equal "
         "(for masked_psn: at most equal).",
         ge=1,
+        le=10_000,
     )
 
     def parameters(self, num_channels: int) -> dict[str, Tensor]:
@@ -119,7 +120,10 @@ class MaskedPSN(PSN):
     causal: ClassVar[bool] = True
 
     order: int = option(
-        2, "Number of timesteps that a spike depends on: its own and the ones before it.", ge=1
+        2,
+        "Number of timesteps that a spike depends on: its own and the ones before it.",
+        ge=1,
+        le=10_000,
     )
 
     def sums_over_time(self, timesteps: int, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
@@ -137,7 +141,7 @@ class SlidingPSN(ParallelNeuron):
     segments: ClassVar[bool] = True
     sample_axis: ClassVar[int] = 1
 
-    order: int = option(2, "Number of timesteps that a spike depends on.", ge=1)
+    order: int = option(2, "Number of timesteps that a spike depends on.", ge=1, le=10_000)
     init: Literal["exponential", "uniform"] = option(
         "exponential",
         "Initial weights. exponential: 1 for the present current, 1/2 for the one before it, and "

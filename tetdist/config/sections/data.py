@@ -6,7 +6,7 @@ from typing import Annotated, ClassVar, Literal, Self
 from pydantic import AfterValidator, Field, model_validator
 
 from tetdist.config.fields import Fraction, Names, OneOf, OpenFraction, Pixels, Positive, Section
-from tetdist.config.flags import MOST_PREFETCHED, MOST_THREADS
+from tetdist.config.flags import MOST_PIXELS, MOST_PREFETCHED, MOST_THREADS
 from tetdist.config.rand_augment import EXAMPLE, rand_augment
 from tetdist.errors import WrongValue
 
@@ -32,7 +32,7 @@ class MixingSection(Section):
     itself in reverse order, with one lambda and box for all samples."""
     probability: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Probability of mixing a sample (with mode=batch, a micro-batch); timm's mixup_prob."""
-    off_epoch: Annotated[int, Field(ge=0)] = 0
+    off_epoch: Annotated[int, Field(ge=0, le=10**6)] = 0
     """First epoch of the run, counted from 0, without mixup and CutMix (timm's mixup_off_epoch); 0:
     all epochs mix."""
 
@@ -80,11 +80,11 @@ class DataSection(Section):
     """Smallest and largest area of a crop, as a fraction of the image's area."""
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
     """Smallest and largest aspect ratio of a crop, width / height."""
-    padding: Annotated[int, Field(ge=0)] = 4
+    padding: Annotated[int, Field(ge=0, le=MOST_PIXELS)] = 4
     """Width of the black border around an image before it is cropped, in pixels."""
     flip: Fraction = 0.5
     """Probability of a horizontal flip of a training sample; timm's hflip."""
-    roll: Annotated[int, Field(ge=0)] = 0
+    roll: Annotated[int, Field(ge=0, le=MOST_PIXELS)] = 0
     """Largest random shift of a training sample in pixels, wrapping around; 0: off."""
     event_augment: Literal["none", "nda", "snn_augment_wide"] = "none"
     """Augmentation of event tensors, one random operation per training sample. nda: roll, rotation
@@ -101,7 +101,7 @@ class DataSection(Section):
     ColorJitter: pixels are multiplied by a factor from 1 - brightness to 1 + brightness; contrast
     and saturation scale their distances from the image's mean grey and from their own grey; hue (at
     most 0.5) is shifted by this fraction of the colour circle, either way. 0: off."""
-    cutout: Annotated[int, Field(ge=0)] = 0
+    cutout: Annotated[int, Field(ge=0, le=MOST_PIXELS)] = 0
     """Side in pixels of a random square set to 0 in each (normalised) training sample; 0: off."""
     erasing: ErasingSection = ErasingSection()
     repeats: Positive = 1

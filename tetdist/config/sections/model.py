@@ -65,7 +65,7 @@ def network_neuron(network: str) -> NeuronConfig:
 class ModelSection(Section):
     name: str
     """Name of the network: one of `tetdist list networks`, or of your own (see imports)."""
-    num_classes: Annotated[int, Field(gt=1)] | None = None
+    num_classes: Annotated[int, Field(gt=1, le=10**6)] | None = None
     """Number of classes; null: the number of the data set's classes."""
     # In a draft the keys that are given, until `neuron_of` makes the neuron.
     neuron: Annotated[

@@ -9,7 +9,7 @@ from pydantic import BeforeValidator, Field, PlainSerializer, model_validator
 
 from tetdist import plugins
 from tetdist.config import names
-from tetdist.config.fields import TIMM, Epochs, OneOf, OpenFraction, Section, Timesteps
+from tetdist.config.fields import TIMM, Epochs, OneOf, OpenFraction, Samples, Section, Timesteps
 from tetdist.config.flags import MOST_TIMESTEPS
 from tetdist.config.sections.loss import LossSection
 from tetdist.errors import WrongValue
@@ -22,7 +22,7 @@ class OptimizerSection(Section):
     your own (see imports)."""
     lr: Annotated[float, Field(gt=0)]
     """Peak learning rate. It does not depend on the batch size unless lr_per is set."""
-    lr_per: Annotated[int, Field(gt=0)] | None = None
+    lr_per: Samples | None = None
     """Batch size that lr is given for: the peak learning rate is lr x batch.global / lr_per, as in
     recipes that say "per 256" (timm's lr_base_size with lr_base_scale=linear). Null: no scaling."""
     layer_decay: Annotated[float, Field(gt=0, le=1)] | None = None
@@ -122,7 +122,7 @@ class PhaseSection(Section):
     """Initial learning rate of the warm-up (see warmup_epochs); timm's warmup_lr."""
     min_lr: Annotated[float, Field(ge=0)] = 0.0
     """Final learning rate of schedule=cosine; timm's min_lr."""
-    cooldown_epochs: Annotated[int, Field(ge=0)] = 0
+    cooldown_epochs: Annotated[int, Field(ge=0, le=10**6)] = 0
     """Number of epochs at the phase's end that keep the final learning rate, min_lr;
     timm's cooldown_epochs, which timm adds to epochs."""
     lr_changes: Literal["steps", "epochs"] = "steps"

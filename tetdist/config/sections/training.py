@@ -58,6 +58,6 @@ class SaveSection(Section):
     every_steps: Positive | None = None
     """Number of optimiser steps between two checkpoints; null: none within an epoch. Each epoch
     also ends with a checkpoint."""
-    keep_last: Annotated[int, Field(ge=2)] = 2
+    keep_last: Annotated[int, Field(ge=2, le=10**9)] = 2
     """Number of newest checkpoints to keep, besides the best: at least 2, in case a failing disk
     damages the newest."""
