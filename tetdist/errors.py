@@ -131,4 +131,6 @@ def way_out(error: BaseException) -> str:
         return "get permission to write there, or choose another runs_dir=..."
     if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return "free disk space, or choose another runs_dir=..."
+    if isinstance(error, MemoryError):
+        return "free memory"
     return "correct that, or choose another runs_dir=..."

@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import pickle
+import shutil
 import subprocess
 import textwrap
 from pathlib import Path
@@ -172,8 +173,9 @@ def test_a_damaged_best_is_refused_and_kept(tmp_path):
 
 def test_of_a_step_the_last_repeat_is_the_best(tmp_path):
     """Also where a run resumed before damaged checkpoints, which it does not delete for later."""
-    for step, top1 in ((1, 10.0), (2, 30.0), (2, 30.0)):
-        save(tmp_path, step, top1=top1)
+    for step, top1 in ((1, 10.0), (2, 30.0)):
+        path = save(tmp_path, step, top1=top1)
+    shutil.copytree(path, path.with_name(f"{path.name}.1"))  # as a kill before the deletion leaves
     assert selection.best(tmp_path).name == "step-00000002.1"
     assert selection.last(tmp_path).name == "step-00000002.1"
     for step in (8, 9):
@@ -183,17 +185,37 @@ def test_of_a_step_the_last_repeat_is_the_best(tmp_path):
     assert path in selection.all_in(tmp_path)
 
 
-def test_same_step_again_replaces(tmp_path):
-    """Numbers, not text: .10 comes after .9."""
-    save(tmp_path, 1)
-    for number in range(13):
+def test_same_step_again_replaces_under_its_name(tmp_path):
+    """Also what kills have left; by numbers, not text: .10 comes after .9."""
+    first = save(tmp_path, 1)
+    for number in range(3):
+        for repeat in (".9", ".10") if number == 2 else ():
+            shutil.copytree(first, tmp_path / f"step-00000002{repeat}")
+            assert selection.last(tmp_path).name == f"step-00000002{repeat}"
         path = save(tmp_path, 2, keep_last=2, seed=number)
-        assert path.name == ("step-00000002" if number == 0 else f"step-00000002.{number}")
+        assert path.name == "step-00000002"
         found = checkpoint.newest(tmp_path)
         assert found.path == path
         assert torch.equal(found.model["0.weight"], trained(number)[0].state_dict()["0.weight"])
         assert names(tmp_path) == ["step-00000001", path.name]
-        assert selection.last(tmp_path) == path
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (MemoryError(), r"\(MemoryError\).*: free memory, and run"),
+        (ValueError("nested"), r"\(nested\).*: correct that, or choose another runs_dir"),
+    ],
+)
+def test_any_error_of_writing_is_one_sentence(error, words, tmp_path, monkeypatch):
+    def fail(*_):
+        raise error
+
+    save(tmp_path, 1)
+    monkeypatch.setattr(checkpoint.torch, "save", fail)
+    with pytest.raises(UserError, match=f"step 2 could not be written to {tmp_path} {words}"):
+        save(tmp_path, 2)
+    assert names(tmp_path) == ["step-00000001"]
 
 
 def test_leftovers_of_a_kill_are_ignored_and_then_removed(tmp_path):
@@ -280,16 +302,15 @@ def test_kill_while_saving_always_leaves_a_whole_newest_and_the_best(farm, tmp_p
                 if not os.WIFSIGNALED(status):
                     break
                 newest = t.checkpoint.newest(folder)
-                last = t.checkpoint.load_model_file(folder)[1].step
-                is_saved = newest.path.name not in ("step-00000001", "step-00000002")
-                is_saved |= newest.path.name == "step-00000002" and again == 2
+                of_last = t.checkpoint.load_model_file(folder)[1]
+                is_saved = of_last.validation["top1"] == top1
                 best, of_best = t.checkpoint.load_model_file(folder, "best")
                 average = t.checkpoint.load_model_file(folder, "best", ema=True)[1]
                 expected = max(40, top1) if is_saved else 40
                 assert of_best.validation["top1"] == expected, (at, of_best, t.names(folder))
                 expected = max([30, top1 / 2][: 1 + is_saved] + [40] * (again == 3))
                 assert average.validation["top1"] == expected, (at, average, t.names(folder))
-                print(again, at, newest.state["step"], last, is_saved, flush=True)
+                print(again, at, newest.state["step"], of_last.step, is_saved, flush=True)
                 t.save(folder, 4)
                 rest = t.names(folder)
                 assert [n for n in rest if n.startswith(".step")] == [], rest

@@ -41,6 +41,8 @@ logger = logging.getLogger(__name__)
 
 OPTIMIZER_FILE, STATE_FILE = "optimizer.pt", "state.json"
 FORMAT_VERSION = 1
+# What writing raises: a full disk or memory, and what torch and safetensors make of these.
+_UNWRITTEN = (OSError, RuntimeError, ValueError, MemoryError, SafetensorError)
 
 
 class Description(BaseModel):
@@ -132,7 +134,8 @@ def save(
         for leftover in folder.glob(".step-*"):  # of a process that was killed
             remove(leftover)
         # A run that was stopped while evaluating, or resumes before a damaged checkpoint, saves the
-        # same step twice. The second gets another name, because replacing a folder is not atomic.
+        # same step twice. The second gets another name until the first is deleted, because
+        # replacing a folder is not atomic.
         saved = map(selection.step_and_repeat, selection.all_in(folder))
         repeats = [repeat for step, repeat in saved if step == state["step"]]
         target = folder / (f"{name}.{max(repeats) + 1}" if repeats else name)
@@ -146,14 +149,15 @@ def save(
             (aside / STATE_FILE).write_text(json.dumps(state, indent=1))
             files = {path.name: _describe(path) for path in sorted(aside.iterdir())}
             (aside / MANIFEST_FILE).write_text(json.dumps({"files": files}, indent=1))
-    except (OSError, RuntimeError, SafetensorError) as error:
+    except _UNWRITTEN as error:
         raise UserError(
             f"the checkpoint of step {state['step']} could not be written to {folder} "
             f"({_reason(error)}); earlier ones are unchanged: {way_out(error)}, and run the same "
             "command again"
         ) from error
     _delete_old(target, keep_last)
-    return target
+    plain = folder / name
+    return target if plain.exists() else target.rename(plain)
 
 
 @contextmanager
@@ -161,7 +165,7 @@ def _full_disk_named(folder: Path) -> Iterator[None]:
     """Name a full disk as the cause, since the errors of torch.save and safetensors do not."""
     try:
         yield
-    except (OSError, RuntimeError, SafetensorError) as error:
+    except _UNWRITTEN as error:
         if shutil.disk_usage(folder).free > 2**20:
             raise
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
@@ -340,7 +344,7 @@ def write_model_file(path: Path, weights: dict[str, Tensor], description: Descri
         path.parent.mkdir(parents=True, exist_ok=True)
         with made_aside(path) as aside, _full_disk_named(path.parent):
             _write_weights(aside, weights, description)
-    except (OSError, RuntimeError, SafetensorError) as error:
+    except _UNWRITTEN as error:
         raise UserError(
             f"{path} could not be written ({_reason(error)}); correct that, or choose another place"
         ) from error
