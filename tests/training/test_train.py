@@ -404,11 +404,29 @@ def test_init_checkpoint(main, straight, tiny_config, tmp_path):
     expect(main(config, "init_checkpoint=/nowhere", "max_steps=2"), "from step 1")
 
 
+def test_init_checkpoint_of_other_classes(main, straight, tiny_config, tmp_path):
+    """The classifier starts anew, as without init_checkpoint; the other weights do not."""
+    changes = {"model.num_classes": 7, "phases.0.optimizer.lr": 1e-12}
+    source, config = straight("torch"), tiny_config(changes)
+    outcome = main(config, f"init_checkpoint={source}", "max_steps=1")
+    expect(outcome, "fc.weight, fc.bias start anew, for 7 classes instead of 4")
+    assert "other classes" not in outcome.text
+    expect(main(config, "name=scratch", "max_steps=1"))
+    runs = (source, tmp_path / "runs/tiny", tmp_path / "runs/scratch")
+    old, tuned, scratch = (load_file(tiny.newest(run) / "model.safetensors") for run in runs)
+    for key, value in tuned.items():
+        if "running" not in key:
+            torch.testing.assert_close(value, (scratch if "fc" in key else old)[key], msg=key)
+    resumed = main(config, f"init_checkpoint={source}", "max_steps=2")
+    assert "anew" not in expect(resumed, "from step 1")
+
+
 def test_init_checkpoint_that_does_not_suit(main, straight, tiny_config, tmp_path):
     source = f"init_checkpoint={straight('torch')}"
     refused(main(tiny_config(), "init_checkpoint=/nowhere"), "init_checkpoint: there is no")
-    refused(main(tiny_config({"model.num_classes": 7}), source), "4 classes, but 7 are needed; con")
-    refused(main(tiny_config({"model.arguments.channels": [4, 9]}), source), "another model")
+    for change in ({}, {"model.num_classes": 7}):
+        config = tiny_config(change | {"model.arguments.channels": [4, 9]})
+        refused(main(config, source), "another model", "blocks.0.conv.weight")
     refused(main(tiny_config(), "start_phase=1", source), "must be at most 0: this run has one")
     two = tiny_config({"phases": TWO_PHASES})
     refused(main(two, "start_phase=1"), "set init_checkpoint")

@@ -20,7 +20,7 @@ from tetdist.apps.weights import foreign
 from tetdist.apps.weights.sources import SOURCES
 from tetdist.errors import UserError
 from tetdist.nn.batch_norm import BatchNorm
-from tetdist.storage import checkpoint, foreign_files
+from tetdist.storage import bundled, checkpoint, foreign_files
 
 T = 3
 
@@ -413,6 +413,30 @@ def test_another_number_of_classes_is_named_and_may_be_allowed(
         "eval", "--checkpoint", output, "--data", tiny_root, "--device", "cpu", status=2
     )
     assert f"the data has 4 classes, but {output} has 7" in printed
+
+
+def test_tetdists_own_weights_are_converted_to_other_classes(output_of, tmp_path):
+    own, before = checkpoint.load_model_file(Path("tetdist:quickstart"))
+    command = [bundled.folder("tetdist:quickstart"), "--model", "spiking_convnet", "--output"]
+    printed = output_of("convert", *command, tmp_path / "same.safetensors")
+    assert "17 of 17 tensors converted, as weights of tetdist" in printed
+    assert "assumed" not in printed
+    weights, description = checkpoint.load_model_file(tmp_path / "same.safetensors")
+    assert all(torch.equal(weights[key], own[key]) for key in own | weights)
+    assert (description.classes, description.step) == (before.classes, before.step)
+    assert description.config["data"].items() >= before.config["data"].items()
+
+    output = tmp_path / "three.safetensors"
+    printed = output_of("convert", *command, output, "model.num_classes=3", status=2)
+    assert "fc.weight (fc.weight in the file) has shape (10, 3136) instead of (3, 3136)" in printed
+    output_of("convert", *command, output, "model.num_classes=3", "--allow-missing")
+    weights, description = checkpoint.load_model_file(output)
+    assert [key for key in own if not torch.equal(weights[key], own[key])] == [
+        "fc.bias",
+        "fc.weight",
+    ]
+    assert weights["fc.weight"].shape[0] == description.config["model"]["num_classes"] == 3
+    assert description.classes is None
 
 
 def test_tets_checkpoint_is_recognized_and_sees_images_as_its_loader_scales_them(

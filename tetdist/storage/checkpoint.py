@@ -277,6 +277,15 @@ def load_model_file(
     return weights, description
 
 
+def is_own(path: Path) -> bool:
+    """Return whether a path is a folder, or a .safetensors file that describes its model."""
+    with suppress(OSError, SafetensorError):
+        if path.is_file() and path.suffix == ".safetensors":
+            with safe_open(path, framework="pt") as opened:
+                return "tetdist" in (opened.metadata() or {})
+    return path.is_dir()
+
+
 def _write_weights(path: Path, weights: dict[str, Tensor], description: Description) -> None:
     # Copied because at ZeRO stages above 0 the parameters are views of one buffer.
     copies = {

@@ -170,14 +170,15 @@ def _load_initial_weights(
 ) -> None:
     """Load the weights that ``init_checkpoint`` names; rank 0 logs them."""
     weights, description = checkpoint.load_model_file(Path(source))
-    has = description.config["model"].get("num_classes") or len(description.classes or ())
-    if has not in (0, model.num_classes):
-        raise UserError(
-            f"init_checkpoint: {source} has {counted(has, 'class')}, but {model.num_classes} are "
-            f"needed; convert other libraries' weights with model.num_classes={model.num_classes} "
-            "--allow-missing"
-        )
-    checkpoint.load_weights(model, weights, Path(source))
+    classes = description.config["model"].get("num_classes") or len(description.classes or ())
+    # As in timm, a classifier of other classes starts anew: it has one row a class.
+    anew = {
+        key: own
+        for key, own in model.state_dict().items()
+        if own.shape[:1] == (model.num_classes,) != (classes,)
+        and weights.get(key, own).shape == (classes, *own.shape[1:])
+    }
+    checkpoint.load_weights(model, weights | anew, Path(source))
     if world.rank != 0:
         return
     source_model, own_model = description.config["model"], config.as_dict()["model"]
@@ -185,7 +186,10 @@ def _load_initial_weights(
     for change in differences({"model": source_model}, {"model": own_model}):
         if not change.startswith(("model.num_classes", "model.freeze")):
             logger.warning("init_checkpoint comes from another network: %s", change)
-    if description.classes not in (None, list(index.classes)):
+    if anew:
+        ours = counted(model.num_classes, "class")
+        logger.info("%s start anew, for %s instead of %d", ", ".join(anew), ours, classes)
+    elif description.classes not in (None, list(index.classes)):
         logger.warning("init_checkpoint was trained on other classes than those of the data")
     logger.info(
         "beginning with the weights of %s (step %s, T=%s)",

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from tetdist.apps.cli.common import check_new_weights, documented_parser, run_command
 from tetdist.apps.weights import published
-from tetdist.apps.weights.sources import SOURCES
+from tetdist.apps.weights.sources import OWN, SOURCES
 from tetdist.config import names
 from tetdist.config.flags import positive
 from tetdist.config.loading import parse
@@ -26,6 +26,7 @@ from tetdist.wording import counted, meant_path
 if TYPE_CHECKING:
     from tetdist.apps.weights.foreign import Converted
     from tetdist.config.schema import RunConfig
+    from tetdist.storage.checkpoint import Description
 
 SHOWN = 10  # tensors that do not fit are listed
 
@@ -33,7 +34,8 @@ SHOWN = 10  # tensors that do not fit are listed
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = documented_parser("convert", __doc__)
     add = parser.add_argument
-    add("source", nargs="?", metavar="FILE", help=".safetensors, or a file of torch.save")
+    text = ".safetensors, a file of torch.save, or a run of tetdist"
+    add("source", nargs="?", metavar="FILE", help=text)
     add("--list", action="store_true", help="list the published networks, and exit")
     text = "download and convert a network of that list, instead of FILE, --model and --from"
     add("--fetch", metavar="NAME", help=text)
@@ -109,11 +111,16 @@ def convert_file(options: argparse.Namespace) -> None:
         options.model, options.layout, options.keys = fetched.model, fetched.source, fetched.keys
         options.timesteps = options.timesteps or fetched.timesteps
     options.source = Path(options.source)
-    state = foreign_files.read(options.source)
-    layout = options.layout
+    layout, before = options.layout, None
+    if checkpoint.is_own(options.source):
+        state, before = checkpoint.load_model_file(options.source)
+        layout = OWN
+    else:
+        state = foreign_files.read(options.source)
     source = foreign.source_of(state, options.source) if layout == "auto" else layout
-    config, timesteps = configuration(options, source, foreign.num_classes(state, source))
-    classes = class_names(options, config)
+    num_classes = foreign.num_classes(state, source)
+    config, timesteps = configuration(options, source, num_classes, before)
+    classes = class_names(options, config, before)
     torch.manual_seed(config.seed)
     assert config.model.num_classes is not None
     kind = config.data.input_kind
@@ -126,7 +133,8 @@ def convert_file(options: argparse.Namespace) -> None:
         config=config.as_dict(),
         classes=classes,
         timesteps=timesteps,
-        step=0,
+        step=0 if before is None else before.step,
+        binning=None if before is None else before.binning,
         validation=None,
         converted={"file": options.source.name, "from": source},
         published=None if fetched is None else fetched.claim,
@@ -138,9 +146,15 @@ def convert_file(options: argparse.Namespace) -> None:
 
 
 def configuration(
-    options: argparse.Namespace, source: str, num_classes: int | None
+    options: argparse.Namespace,
+    source: str,
+    num_classes: int | None,
+    before: "Description | None",
 ) -> tuple["RunConfig", int]:
-    """Return a configuration that builds and evaluates the network, and its T."""
+    """Return a configuration that builds and evaluates the network, and its T.
+
+    ``before`` describes the weights if they are tetdist's.
+    """
     import timm
 
     from tetdist import models
@@ -176,16 +190,24 @@ def configuration(
     }
     if arguments := arguments_of(source, options.model):
         raw["model"]["arguments"] = arguments
+    if before is not None:
+        model = before.config["model"] | {"name": options.model, "num_classes": num_classes}
+        raw = before.config | {"name": options.output.stem, "model": model}
+        timesteps = options.timesteps or before.timesteps
     refuse_repeated(options.overrides)
     for override in (*options.keys, *options.overrides):
         apply_override(raw, override)
-    config = parse(raw, "the configuration", overrides=options.overrides)
+    overrides, used = options.overrides, before is not None
+    config = parse(raw, "the configuration", only_used=used, overrides=overrides)
     return config, timesteps
 
 
-def class_names(options: argparse.Namespace, config: "RunConfig") -> list[str] | None:
+def class_names(
+    options: argparse.Namespace, config: "RunConfig", before: "Description | None"
+) -> list[str] | None:
     if options.classes is None:
-        return None
+        names = None if before is None else before.classes
+        return names if len(names or ()) == config.model.num_classes else None
     try:
         if options.classes.is_dir():
             names = sorted(path.name for path in options.classes.iterdir() if path.is_dir())
@@ -243,7 +265,8 @@ def report(
     neuron = ", ".join(
         f"{key} {value}" for key, value in neurons.as_dict(config.model.neuron).items()
     )
-    print(f"  neuron (assumed, the file does not store it): {neuron}; T={timesteps}")
+    assumed = " (assumed, the file does not store it)" * (source != OWN)
+    print(f"  neuron{assumed}: {neuron}; T={timesteps}")
     if source == "qkformer" and not config.model.arguments.get("mixes_samples"):
         print(
             "  QKFormer's published accuracies come from code in which the samples of a batch "

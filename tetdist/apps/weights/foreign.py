@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tetdist.apps.weights import transformer_names
-from tetdist.apps.weights.sources import ONLY_FROM, SOURCES, Rules
+from tetdist.apps.weights.sources import ONLY_FROM, OWN, SOURCES, Rules
 from tetdist.errors import UserError
 from tetdist.models.base import SpikingNetwork
 from tetdist.models.espikeformer import ESpikeFormer
@@ -97,7 +97,8 @@ def convert(state: Mapping[str, Tensor], source: str, model: SpikingNetwork) -> 
     Args:
         model: The model as it will be used; it is not changed and shares no memory with the result.
     """
-    _refuse_look_alikes(state, source, model)
+    if source != OWN:
+        _refuse_look_alikes(state, source, model)
     pattern = SOURCES[source].unused
     unused = [key for key in state if pattern is not None and re.match(pattern, key)]
     state = {key: value for key, value in state.items() if key not in unused}
@@ -105,9 +106,9 @@ def convert(state: Mapping[str, Tensor], source: str, model: SpikingNetwork) -> 
     scales = {
         f"{name}.weight": module.scale
         for name, module in model.named_modules()
-        if isinstance(module, BatchNorm)
+        if isinstance(module, BatchNorm) and source != OWN
     }
-    names = _names(model)
+    names = {key: key for key in model.state_dict()} if source == OWN else _names(model)
     weights: dict[str, Tensor] = {}
     missing: list[str] = []
     initialised: list[str] = []

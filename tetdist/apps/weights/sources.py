@@ -37,6 +37,7 @@ _DISTILLED_NAMES = (
     (r"^classifier\.0\.", "fc."),
 )
 _DISTILLED = ("PreActResNet", "SpikingResNet")
+OWN = "tetdist"
 _HEAD_NAMES = ((r"^head\.", "fc."),)
 
 
@@ -70,6 +71,8 @@ class Source:
 
 
 SOURCES = {
+    # A run or an export, for another configuration; it holds its own facts.
+    OWN: Source(),
     # Its sew_resnet* and spiking_resnet*. Users choose the neuron; this is the one of its ImageNet
     # networks. The mask of a masked PSN is a key of our configuration.
     "spikingjelly": Source(neuron=_SEW_NEURON, unused=r".*\.(mask[01]|_lambda_)$"),
