@@ -6,7 +6,7 @@ import pytest
 from samples import pixels
 
 from tetdist.apps.reports import style
-from tetdist.apps.reports.curves import _phase_borders, firing_rates, learning_curves
+from tetdist.apps.reports.curves import Metrics, _phase_borders, firing_rates, learning_curves
 from tetdist.apps.reports.style import TRAIN, VALIDATION
 
 
@@ -27,7 +27,7 @@ def draw(folder, lines):
     metrics = folder / "metrics.jsonl"
     metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
     out = folder / "plots" / "learning_curves.png"
-    learning_curves(metrics, out)
+    learning_curves(Metrics(metrics), out)
     return out
 
 
@@ -85,7 +85,7 @@ def test_a_whole_run_with_two_phases(tmp_path, figures):
 def test_few_and_flawed_lines(tmp_path, figures):
     out = draw(tmp_path, [])
     (tmp_path / "metrics.jsonl").write_text('{"kind": "train", "st')
-    learning_curves(tmp_path / "metrics.jsonl", out)
+    learning_curves(Metrics(tmp_path / "metrics.jsonl"), out)
     assert not out.parent.exists()
     draw(tmp_path, [val_line(1, epoch=0.0)])
     assert pixels(out, VALIDATION) > 20
@@ -109,13 +109,34 @@ def test_few_and_flawed_lines(tmp_path, figures):
     assert shown(speed)[0] == [(0.1, 1400), (0.3, 1400)]
 
 
+def test_many_lines_are_read_once_and_drawn_by_their_extremes(tmp_path, figures):
+    steps = range(1, 8001)
+    high, low = 7000, 5
+    lines = [train_line(n, loss=9 if n == high else 0.1 if n == low else 1 + n % 2) for n in steps]
+    out = draw(tmp_path, lines)
+    metrics = Metrics(tmp_path / "metrics.jsonl")
+    learning_curves(metrics, out)
+    raw, means, *_ = shown(figures[-1]["Loss"])
+    assert len(raw) <= 4000
+    assert max(raw, key=lambda point: point[1]) == (high / 100, 9)
+    assert min(raw, key=lambda point: point[1]) == (low / 100, 0.1)
+    assert raw == sorted(raw)
+    assert raw[-1][0] > 79.9
+    assert all(1.4 < mean < 1.6 for _, mean in means)
+    # What was read is not read again.
+    text = metrics.file.read_text()
+    metrics.file.write_text("?" * len(text) + json.dumps(val_line(8001, loss=0.5)) + "\n")
+    learning_curves(metrics, out)
+    assert shown(figures[-1]["Loss"])[:3] == [raw, means, [(80.01, 0.5)]]
+
+
 def test_firing_rates_show_what_is_dead_and_saturated(tmp_path, figures):
     def colours(*rates):
         metrics = tmp_path / "metrics.jsonl"
         lines = [val_line(100 * i, firing_rate=rate) for i, rate in enumerate(rates, start=1)]
         metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
         out = tmp_path / "plots" / "firing_rates.png"
-        firing_rates(metrics, out)
+        firing_rates(Metrics(metrics), out)
         return pixels(out, VALIDATION), pixels(out, "#000000")
 
     alive = {f"layer{i}": 0.1 for i in range(4)}
@@ -137,5 +158,5 @@ def test_firing_rates_show_what_is_dead_and_saturated(tmp_path, figures):
     (tmp_path / "plots" / "firing_rates.png").unlink()
     for line in (train_line(10), val_line(10, firing_rate={})):
         (tmp_path / "metrics.jsonl").write_text(json.dumps(line) + "\n")
-        firing_rates(tmp_path / "metrics.jsonl", tmp_path / "none.png")
+        firing_rates(Metrics(tmp_path / "metrics.jsonl"), tmp_path / "none.png")
         assert not (tmp_path / "none.png").exists()

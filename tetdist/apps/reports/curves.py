@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tetdist.apps.reports import style
-from tetdist.tracking.metrics_file import each_line
+from tetdist.tracking.metrics_file import lines_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -19,17 +19,35 @@ Lines = list[dict[str, Any]]
 # Firing rates in spikes per neuron per timestep. A layer below the first or above the second passes
 # on no information.
 DEAD, SATURATED = 0.001, 0.9
+# The values of a line of training that are drawn.
+TRAINING = ("step", "epoch", "phase", "loss", "top1", "lr", "samples_per_s", "data_wait")
 
 
-def learning_curves(metrics_file: Path, out: Path) -> None:
+class Metrics:
+    """The lines of a metrics.jsonl that are drawn, each read once while the file grows."""
+
+    def __init__(self, file: Path) -> None:
+        self.file, self._end = file, 0
+        self._kinds: dict[str, Lines] = {"train": [], "val": [], "val_ema": []}
+
+    def read(self) -> tuple[Lines, Lines, Lines]:
+        """Return the lines of training, of evaluations and of evaluations of an average."""
+        for end, line in lines_of(self.file, self._end):
+            self._end = end
+            if line["kind"] == "train":
+                self._kinds["train"].append({key: line[key] for key in TRAINING if key in line})
+            elif line["kind"] in self._kinds:
+                self._kinds[line["kind"]].append(line)
+        train, val, ema = self._kinds.values()
+        return train, val, ema
+
+
+def learning_curves(metrics: Metrics, out: Path) -> None:
     """Draw loss, accuracy, learning rate and throughput of a run into one PNG.
 
     A moving average of the weights (EMA) has its own curves. Nothing is drawn without measurements.
     """
-    kinds: dict[str, Lines] = {"train": [], "val": [], "val_ema": []}
-    for line in each_line(metrics_file):
-        kinds.get(line["kind"], []).append(line)
-    train, val, ema = kinds.values()
+    train, val, ema = metrics.read()
     if not train and not val:
         return
     figure = style.new_figure(13, 7.6)
@@ -62,12 +80,12 @@ def learning_curves(metrics_file: Path, out: Path) -> None:
             axis.axvline(epoch, color=style.QUIET, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
             axis.text(epoch, height, f" {label}", **upright)
     step = max(line["step"] for line in train + val)
-    _head(figure, metrics_file, f"epoch {end:.4g}, step {step:,}")
+    _head(figure, metrics, f"epoch {end:.4g}, step {step:,}")
     style.save(figure, out)
 
 
-def _head(figure: Any, metrics_file: Path, text: str) -> None:
-    name = metrics_file.absolute().parent.name
+def _head(figure: Any, metrics: Metrics, text: str) -> None:
+    name = metrics.file.absolute().parent.name
     figure.suptitle(f"{name}   \N{EM DASH}   {text}", fontsize=13, fontweight="bold")
 
 
@@ -128,7 +146,7 @@ def _throughput(axis: Any, train: Lines, *, room: float) -> None:
     epochs, waits = style.series(train, "data_wait")
     if waits:
         right = axis.twinx()
-        right.fill_between(epochs, waits, color=style.WAIT, alpha=0.5, linewidth=0)
+        right.fill_between(*style.thinned(epochs, waits), color=style.WAIT, alpha=0.5, linewidth=0)
         # A line without points creates the area's entry in the legend.
         area = {"color": style.WAIT, "alpha": 0.5, "linewidth": 7}
         axis.plot(math.nan, math.nan, label="data wait", **area)
@@ -155,9 +173,9 @@ def _phase_borders(train: Lines, val: Lines) -> list[tuple[float, str]]:
     return borders
 
 
-def firing_rates(metrics_file: Path, out: Path) -> None:
+def firing_rates(metrics: Metrics, out: Path) -> None:
     """Draw a heat map of each layer's firing rate at each evaluation of a run, if there is one."""
-    val = [line for line in each_line(metrics_file) if line["kind"] == "val"]
+    _, val, _ = metrics.read()
     if not val or not val[-1].get("firing_rate"):
         return
     epochs, rates_of_last = [line["epoch"] for line in val], val[-1]["firing_rate"]
@@ -199,7 +217,7 @@ def firing_rates(metrics_file: Path, out: Path) -> None:
     bar.ax.tick_params(labelsize=8)
     bar.ax.set_title("black: saturated\norange: dead", fontsize=8, loc="right")
     mean = sum(rates_of_last.values()) / len(rates)
-    _head(figure, metrics_file, f"epoch {epochs[-1]:.4g}, {100 * mean:.3g} % on average")
+    _head(figure, metrics, f"epoch {epochs[-1]:.4g}, {100 * mean:.3g} % on average")
     style.save(figure, out)
 
 

@@ -45,7 +45,7 @@ class RunPlots(Observer):
         self.config, self.classes = run.config, run.train.classes
         self.last_step, self.tracker = run.last_step, watched.tracker
         self.folder = self.config.run_dir / "plots"
-        self._firing = FiringWatch()
+        self._firing, self._metrics = FiringWatch(), curves.Metrics(self.tracker.path)
         self._next = -math.inf  # when to draw again
         self._has_inputs = (self.folder / "inputs.png").exists()
 
@@ -84,7 +84,7 @@ class RunPlots(Observer):
             self._draw_all()
 
     def _draw_all(self) -> None:
-        metrics, began = self.tracker.path, time.monotonic()
+        metrics, began = self._metrics, time.monotonic()
         self._draw("learning_curves.png", lambda out: curves.learning_curves(metrics, out))
         self._draw("firing_rates.png", lambda out: curves.firing_rates(metrics, out))
         ended = time.monotonic()

@@ -25,6 +25,7 @@ ACCURACY = "top-1 (%)"  # label of every accuracy axis
 # Minimum range of an axis, in points of accuracy: in a smaller one, noise looks like a cliff.
 LEAST_ACCURACY = 5.0
 LOWEST, HIGHEST = -0.6, 100.6  # with space for markers and numbers at 0 and 100 %
+STRETCHES = 2_000  # of a curve of many points; more than a panel has pixels
 
 
 def new_figure(width: float, height: float, *, dpi: int = 110) -> Any:
@@ -95,8 +96,8 @@ def finish(axis: Any, title: str, unit: str, *, legend: bool = True) -> None:
 
 def markers(axis: Any, epochs: list[float], values: list[float], colour: str, label: str) -> None:
     """Draw a line, with markers if it has few points."""
-    style = "o-" if len(values) <= 30 else "-"
-    axis.plot(epochs, values, style, color=colour, linewidth=1.8, markersize=4, label=label)
+    style, points = "o-" if len(values) <= 30 else "-", thinned(epochs, values)
+    axis.plot(*points, style, color=colour, linewidth=1.8, markersize=4, label=label)
 
 
 def raw_and_smooth(
@@ -108,11 +109,11 @@ def raw_and_smooth(
     if half == 0:
         markers(axis, *series(steady, key), colour, label)
         return
-    axis.plot(*series(steady, key), color=colour, alpha=0.25, linewidth=0.8)
+    axis.plot(*thinned(*series(steady, key)), color=colour, alpha=0.25, linewidth=0.8)
     for _, lines in itertools.groupby(steady, key=lambda line: line.get("phase")):
         epochs, values = series(list(lines), key)
-        means = _running_mean(values, half)
-        axis.plot(epochs, means, color=colour, linewidth=1.8, label=label)
+        means = thinned(epochs, _running_mean(values, half))
+        axis.plot(*means, color=colour, linewidth=1.8, label=label)
         label = "_later phase"  # not in the legend
 
 
@@ -135,6 +136,19 @@ def _running_mean(values: list[float], half: int) -> list[float]:
         first, end = max(0, index - half), min(len(values), index + half + 1)
         means.append((sums[end] - sums[first]) / (end - first))
     return means
+
+
+def thinned(epochs: list[float], values: list[float]) -> tuple[list[float], list[float]]:
+    """Keep of many points the lowest and the highest of each stretch, which look the same."""
+    width, places = len(values) // STRETCHES, range(len(values))
+    if width < 3:
+        return epochs, values
+    kept = []
+    for start in places[::width]:
+        stretch = places[start : start + width]
+        ends = (end(stretch, key=values.__getitem__) for end in (min, max))
+        kept += sorted(set(ends))
+    return [epochs[place] for place in kept], [values[place] for place in kept]
 
 
 def series(lines: list[dict[str, Any]], key: str) -> tuple[list[float], list[float]]:
