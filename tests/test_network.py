@@ -12,7 +12,7 @@ from tetdist.data.splits import open_split
 from tetdist.distributed.world import World, join
 from tetdist.errors import UserError
 from tetdist.network import choose_kernels, make_model
-from tetdist.nn.fast import dispatch
+from tetdist.nn.fast import dispatch, native_zeros
 
 
 @pytest.mark.parametrize(
@@ -34,6 +34,20 @@ def test_kernels_work_on_all_processes_or_on_none(reasons, refusal, monkeypatch)
     monkeypatch.setattr(World, "gather", lambda _, mine: [first, mine, last])
     with pytest.raises(UserError, match=refusal) if refusal else nullcontext():
         choose_kernels(World(1, 3, torch.device("cuda"), None))
+
+
+def test_all_processes_skip_zeros_in_the_same_types(monkeypatch):
+    every = frozenset({torch.float32, torch.bfloat16})
+    others = [frozenset({torch.float32}), every]
+    monkeypatch.setattr(native_zeros, "_agreed", None)
+    monkeypatch.setattr(native_zeros, "types_here", lambda: every)
+    monkeypatch.setattr(World, "gather", lambda _, mine: [mine, *others])
+    world = World(0, 3, torch.device("cpu"), None)
+    choose_kernels(world)
+    assert native_zeros.types() == {torch.float32}
+    others.append(frozenset())  # a processor without the extension, or no compiler
+    choose_kernels(world)
+    assert not native_zeros.types()
 
 
 def test_frames_of_another_shape_than_the_networks_are_refused():

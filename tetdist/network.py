@@ -14,7 +14,7 @@ from tetdist.datasets.index import Index
 from tetdist.distributed.world import World
 from tetdist.errors import UserError
 from tetdist.models import SpikingNetwork
-from tetdist.nn.fast import dispatch
+from tetdist.nn.fast import dispatch, native_zeros
 from tetdist.nn.precision import choose_algorithms, parameter_type, place
 from tetdist.optimizers import layers_of
 from tetdist.storage import checkpoint
@@ -116,7 +116,7 @@ def agree_on_looks_ahead(model: SpikingNetwork, world: World) -> None:
 
 
 def choose_kernels(world: World) -> None:
-    """Make all processes use the same kernels for normalisation and neurons.
+    """Make all processes use the same kernels.
 
     They round differently from the definition, which replaces them where they cannot be compiled.
     If that happens on all processes, a warning is logged once and the run goes on, slower.
@@ -136,6 +136,8 @@ def choose_kernels(world: World) -> None:
         return gathered
 
     dispatch.decide(world.device, gather)
+    if world.device.type == "cpu":
+        native_zeros.agree(frozenset.intersection(*world.gather(native_zeros.types_here())))
 
 
 def _call(name: str, model: SpikingNetwork, method: str, argument: int) -> None:

@@ -56,7 +56,7 @@ def test_a_library_is_built_once_while_it_is_whole_and_ours(folders, monkeypatch
     (build.KERNELS / "types.h").write_text("// new")
     assert load() == [compiling]
     with monkeypatch.context() as patch:  # machines may share a home folder
-        patch.setattr(build, "_processor", lambda: "flags: avx2")
+        patch.setattr(build, "processor", lambda: "flags: avx2")
         assert load() == [compiling]
     assert len(synced) == 6
     cache.chmod(0o777)

@@ -16,6 +16,7 @@ from tetdist import order
 from tetdist.apps.reports import observers
 from tetdist.distributed.watchdog import CONTINUES
 from tetdist.distributed.world import join
+from tetdist.nn.fast import native_zeros
 from tetdist.storage import checkpoint, selection
 from tetdist.tracking.tracker import Tracker
 from tetdist.training import evaluating, window
@@ -41,6 +42,20 @@ def test_first_of_equal_results_stays_the_best(main, tiny_config, tmp_path, monk
     assert selection.best(run / "checkpoints").name == "step-00000010"
     state = json.loads((tiny.newest(run) / "state.json").read_text())
     assert state["result"] == {"best_top1": 60.0, "best_step": 10, "top1": 50.0}
+
+
+@pytest.mark.parametrize(("before", "after"), [(True, False), (False, True), (True, True)])
+def test_a_run_that_goes_on_with_other_convolutions_says_so(
+    main, tiny_config, monkeypatch, before, after
+):
+    file, logs = tiny_config({"execution": "fused", "precision": "fp32"}), []
+    for last, skips in ((3, before), (5, after)):
+        types = frozenset({torch.float32} if skips else {})
+        monkeypatch.setattr(native_zeros, "types_here", lambda types=types: types)
+        logs.append(expect(main(file, f"max_steps={last}")))
+    assert "convolutions of spikes" not in logs[0]
+    now = ("skipped zeros, and here they do not:", "did not skip zeros, and here they do:")[after]
+    assert (f"before, convolutions of spikes {now}" in logs[1]) == (before != after)
 
 
 def test_checkpoints_come_at_their_steps_and_at_the_end_of_each_epoch(

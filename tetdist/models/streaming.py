@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from tetdist.errors import UserError
 from tetdist.nn import neurons
+from tetdist.nn.fast import native_zeros
 from tetdist.nn.norm_neuron import NeuronLayer, carrying_membranes
 from tetdist.nn.packed import Conv2d
 from tetdist.wording import counted
@@ -65,7 +66,7 @@ def run_step(
     Returns:
         The timestep's logits, (B, K), and the membranes after it.
     """
-    with carrying_membranes(layers, membranes) as ends:
+    with carrying_membranes(layers, membranes) as ends, native_zeros.keeping_weights():
         logits = model.forward_head(model.features_of(frame, 1), per_timestep=True)
         return logits[0], ends()
 

@@ -26,7 +26,7 @@ from tetdist.nn.fast.fused import (
     Norms,
 )
 from tetdist.nn.neurons import NeuronConfig
-from tetdist.nn.packed import Packed, packed_of, with_packed
+from tetdist.nn.packed import Packed, marked, packed_of, with_packed
 from tetdist.nn.precision import wide_type
 
 
@@ -250,8 +250,12 @@ class NeuronLayer(FusedLayer):
         parameters = {name: value.to(wide) for name, value in self.learned.items()}
         return self.neuron.for_kernels(kernels.timesteps, **parameters)
 
-    def with_bytes(self, spikes: Tensor, packed: Tensor | None) -> Tensor:
-        """Attach their bytes, if any, to the spikes."""
+    def with_bytes(
+        self, spikes: Tensor, packed: Tensor | None, *, are_sums: bool = False
+    ) -> Tensor:
+        """Attach their bytes, if any, to spikes or sums of them, and mark spikes of 0 and 1."""
+        if self.neuron.levels == 1 and self.neuron.highest == 1 and not are_sums:
+            spikes = marked(spikes)
         if packed is None:
             return spikes
         assert self.neuron.levels is not None
@@ -419,7 +423,8 @@ class NormNeuron(NeuronLayer):
         if self.carries:
             _membranes.of[self] = self._unstacked(image_of(end, current.shape))
         bytes_of = None if packed is None else image_of(packed, current.shape)
-        return self.with_bytes(image_of(rows, current.shape), bytes_of)
+        spikes = image_of(rows, current.shape)
+        return self.with_bytes(spikes, bytes_of, are_sums=identity is not None)
 
 
 def rows_of(x: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from tetdist.nn.fast import dispatch
+from tetdist.nn.fast import dispatch, native_zeros
 from tetdist.nn.fast.pooling import Pooling
 
 
@@ -98,8 +98,24 @@ def packed_of(x: Tensor) -> Packed | None:
 
 def converted(x: Tensor, dtype: torch.dtype) -> Tensor:
     """Convert a tensor to another type, keeping the packed form of ``x``."""
-    packed, y = packed_of(x), x.to(dtype)
+    packed, y = packed_of(x), marked(x.to(dtype), x)
     return y if packed is None else with_packed(y, packed)
+
+
+def marked(x: Tensor, like: Tensor | None = None) -> Tensor:
+    """Mark spikes of 0 and 1, whose convolution may skip the zeros; given ``like``, if it is so.
+
+    In inference_mode a tensor does not know that it was written to since; a convolution without
+    gradients reads the numbers, and skips only if they are still 0 and 1.
+    """
+    if like is None or is_marked(like):
+        x.is_spikes = _version(x)  # type: ignore[attr-defined]  # ours
+    return x
+
+
+def is_marked(x: Tensor) -> bool:
+    """Return whether a tensor is marked as spikes of 0 and 1, and was not written to since."""
+    return getattr(x, "is_spikes", None) == _version(x)
 
 
 def _version(x: Tensor) -> int:
@@ -121,10 +137,16 @@ class Conv2d(nn.Conv2d):
             with torch.autocast("cpu", enabled=False):
                 y = self._conv_forward(flat.float(), self.weight.float(), bias)
             return y.unflatten(0, x.shape[:2]).to(dtype)
-        if packed is None or not torch.is_grad_enabled():
+        skips = is_marked(x) and native_zeros.skips(self, flat, dtype)
+        if not torch.is_grad_enabled():
+            y = native_zeros.convolve(flat.to(dtype), self, dtype) if skips else None
+            return (super().forward(flat) if y is None else y).unflatten(0, x.shape[:2])
+        if packed is None and skips:
+            packed = pack(x.detach())
+        if packed is None:
             return super().forward(flat).unflatten(0, x.shape[:2])
         flat_packed = packed._replace(values=packed.values.flatten(0, 1))
-        y = _Convolution.apply(flat.to(dtype), self.weight, self.bias, flat_packed, self)
+        y = _Convolution.apply(flat.to(dtype), self.weight, self.bias, flat_packed, self, skips)
         return y.unflatten(0, x.shape[:2])
 
 
@@ -140,11 +162,21 @@ def _compute_type(x: Tensor) -> torch.dtype:
 class _Convolution(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, packed: Packed, conv: nn.Conv2d
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        packed: Packed,
+        conv: nn.Conv2d,
+        skips: bool,
     ) -> Tensor:
         weight = weight.to(x.dtype)
         ctx.save_for_backward(packed.values, weight)
-        ctx.levels, ctx.conv = packed.levels, conv
+        ctx.levels, ctx.conv, ctx.skips = packed.levels, conv, skips
+        if skips:
+            y = native_zeros.convolve(packed.values, conv, x.dtype)
+            assert y is not None
+            return y
         bias = None if bias is None else bias.to(x.dtype)
         return F.conv2d(x, weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups)
 
@@ -153,9 +185,15 @@ class _Convolution(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         values, weight = ctx.saved_tensors
         conv: nn.Conv2d = ctx.conv
+        (grad,), needed = grad_outputs, ctx.needs_input_grad[:3]
+        # In bfloat16 a weight gradient that skips gains nothing.
+        skips = ctx.skips and weight.dtype == torch.float32
         grad_x, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
-            grad_outputs[0],
-            Packed(values, ctx.levels).unpack(weight.dtype),
+            grad,
+            # The input's gradient does not need the input.
+            torch.empty_like(values, dtype=weight.dtype)
+            if skips
+            else Packed(values, ctx.levels).unpack(weight.dtype),
             weight,
             None if conv.bias is None else list(conv.bias.shape),
             conv.stride,
@@ -164,14 +202,18 @@ class _Convolution(torch.autograd.Function):
             False,
             [0, 0],
             conv.groups,
-            list(ctx.needs_input_grad[:3]),
+            [needed[0], needed[1] and not skips, needed[2] and not skips],
         )
+        if skips and needed[1]:
+            grad_weight = native_zeros.weight_gradient(values, grad, conv)
+        if skips and needed[2]:
+            # Asked for the bias's alone, torch would compute the weight's gradient, too.
+            grad_bias = grad.sum((0, 2, 3))
         return (
             grad_x,
             None if grad_weight is None else grad_weight.to(conv.weight.dtype),
             None if grad_bias is None else grad_bias.to(conv.weight.dtype),
-            None,
-            None,
+            *(None, None, None),
         )
 
 
@@ -182,15 +224,15 @@ class MaxPool(nn.MaxPool2d):
         packed = packed_of(x)
         flat = x.flatten(0, 1)
         if packed is None or not torch.is_grad_enabled():
-            return super().forward(flat).unflatten(0, x.shape[:2])
+            return marked(super().forward(flat).unflatten(0, x.shape[:2]), x)
         kernels = dispatch.pooling_for(flat)
         if kernels is None:
-            y = super().forward(flat).unflatten(0, x.shape[:2])
+            y = marked(super().forward(flat).unflatten(0, x.shape[:2]), x)
             return with_packed(y, pack(y.detach(), packed.levels))
         flat_packed = packed._replace(values=packed.values.flatten(0, 1))
         y, values = _MaxPool.apply(flat, flat_packed, self, kernels)
         again = packed._replace(values=values.unflatten(0, x.shape[:2]))
-        return with_packed(y.unflatten(0, x.shape[:2]), again)
+        return with_packed(marked(y.unflatten(0, x.shape[:2]), x), again)
 
 
 class _MaxPool(torch.autograd.Function):

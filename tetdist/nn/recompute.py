@@ -21,7 +21,7 @@ from torch.autograd.function import once_differentiable
 
 from tetdist.nn import batch_norm, dropout
 from tetdist.nn.norm_neuron import NeuronLayer, carrying_membranes
-from tetdist.nn.packed import Halved, Packed, halve, pack, packed_of, with_packed
+from tetdist.nn.packed import Halved, Packed, halve, is_marked, marked, pack, packed_of, with_packed
 
 
 class Block:
@@ -58,7 +58,7 @@ class Block:
         """Return each segment's input, or the input itself if it is one for all timesteps."""
         if x.shape[0] == 1 or len(self.lengths) == 1:
             return [x] * len(self.lengths)
-        parts = list(x.split(self.lengths))
+        parts = [marked(part, x) for part in x.split(self.lengths)]
         if packed := packed_of(x):
             values = packed.values.split(self.lengths)
             for part, own in zip(parts, values, strict=True):
@@ -80,11 +80,14 @@ class Block:
         for part, length in zip(self.split(x), self.lengths, strict=True):
             output, membranes = self.run(part, length, membranes)
             outputs.append(output)
-        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+        if len(outputs) == 1:
+            return outputs[0]
+        joined = torch.cat(outputs)
+        return marked(joined) if all(map(is_marked, outputs)) else joined
 
     def recomputed(self, x: Tensor) -> Tensor:
         """Run all segments, keeping only the packed input for the backward pass."""
-        return _Recomputed.apply(x, self, *self.parameters)
+        return _Recomputed.apply(x, self, is_marked(x), *self.parameters)
 
     def pack(self, x: Tensor) -> "Kept":
         """Return the kept form of an input."""
@@ -125,7 +128,12 @@ class _Recomputed(torch.autograd.Function):
     way for code that waits for them there (DeepSpeed)."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, block: Block, *_parameters: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, block: Block, are_spikes: bool, *_parameters: Tensor
+    ) -> Tensor:
+        # Both passes must take the same kernels.
+        ctx.are_spikes = are_spikes
+        x = marked(x) if are_spikes else x
         ctx.block, ctx.dtype = block, x.dtype
         ctx.factors = [layer.factors for layer in block.dropping]
         ctx.autocast = _present_autocast(x.device.type)
@@ -142,6 +150,7 @@ class _Recomputed(torch.autograd.Function):
         (x,) = ctx.saved_tensors
         if ctx.form is not None:
             x = ctx.form._replace(values=x).numbers(ctx.dtype)
+        x = marked(x) if ctx.are_spikes else x
         # Layers without neurons may return (1, ...) for all timesteps, without segments.
         grads = [grad_outputs[0]]
         if len(block.lengths) > 1:
@@ -161,7 +170,7 @@ class _Recomputed(torch.autograd.Function):
                 pairs = zip(total, gradients.parameters, strict=True)
                 total = [a + b for a, b in pairs] if total else gradients.parameters
                 grad_ends = gradients.membranes
-        return _joined(grads_x[::-1], one_for_all=x.shape[0] == 1), None, *total
+        return _joined(grads_x[::-1], one_for_all=x.shape[0] == 1), None, None, *total
 
 
 Kept = Tensor | Packed | Halved
@@ -184,7 +193,7 @@ def _segment_gradients(ctx: Any, segment: _Segment, grad_ends: list[Tensor]) -> 
     needs_x: bool = ctx.needs_input_grad[0]
     with torch.enable_grad(), ctx.autocast():
         packed = packed_of(segment.x)
-        x = segment.x.detach().requires_grad_(needs_x)
+        x = marked(segment.x.detach().requires_grad_(needs_x), segment.x)
         if packed:
             with_packed(x, packed)
         starts = [membrane.detach().requires_grad_() for membrane in segment.membranes or []]

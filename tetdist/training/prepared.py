@@ -18,6 +18,7 @@ from tetdist.errors import UserError
 from tetdist.models import SpikingNetwork
 from tetdist.network import agree_on_looks_ahead, choose_kernels, make_model
 from tetdist.nn import batch_norm, neurons
+from tetdist.nn.fast import native_zeros
 from tetdist.nn.precision import choose_algorithms, parameter_type
 from tetdist.storage import checkpoint, selection
 from tetdist.tracking.progress import RunProgress
@@ -86,6 +87,13 @@ class Prepared:
             copy = make_model(self.config, self.train, lambda copy: copy.load_state_dict(state))
         self.model.looks_ahead = copy.looks_ahead
         agree_on_looks_ahead(self.model, self.world)
+
+    @property
+    def skips_zeros(self) -> bool:
+        """Whether convolutions of spikes skip zeros in training (nn/fast/native_zeros.py)."""
+        if self.world.device.type != "cpu" or self.config.execution != "fused":
+            return False
+        return self.config.precision in ("fp32", "tf32") and torch.float32 in native_zeros.types()
 
     def progress(self, step: int) -> RunProgress:
         """Return the progress display of rank 0 from ``step`` on; others show nothing."""

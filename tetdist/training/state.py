@@ -1,5 +1,6 @@
 """The state of a run in its checkpoints, and its resumption from them."""
 
+import logging
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -8,6 +9,8 @@ from tetdist.storage import checkpoint
 from tetdist.training.ema import WeightAverage
 from tetdist.training.prepared import Prepared
 from tetdist.training.teacher import Teacher
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -24,6 +27,7 @@ class RunState:
     data: str  # the index's fingerprint
     teacher: str | None  # the teacher's fingerprint
     looks_ahead: bool | None = None  # see `check_network`
+    skips_zeros: bool | None = None  # whether convolutions of spikes skip zeros
 
 
 def restore(saved: checkpoint.Checkpoint, run: Prepared, average: WeightAverage | None) -> RunState:
@@ -55,6 +59,15 @@ def restore(saved: checkpoint.Checkpoint, run: Prepared, average: WeightAverage 
         raise UserError(
             f"batch_norm.sync normalises over all processes, and {saved.path} was trained on "
             f"{state.world_size} of them, not {run.world.world_size}; start as many"
+        )
+    if state.skips_zeros not in (None, run.skips_zeros) and run.world.rank == 0:
+        then, now = (
+            ("skipped zeros", "do not") if state.skips_zeros else ("did not skip zeros", "do")
+        )
+        logger.warning(
+            "before, convolutions of spikes %s, and here they %s: another processor, or no "
+            "compiler; rounding differs, so results may differ from those of a run in one place",
+            *(then, now),
         )
     return state
 

@@ -275,6 +275,7 @@ class Trainer:
             data=self.prepared.train.fingerprint,
             teacher=None if self.teacher is None else self.teacher.fingerprint,
             looks_ahead=self.prepared.model.looks_ahead,
+            skips_zeros=self.prepared.skips_zeros,
         )
         self.saving.begin(now, self.engine.optimizer_state(), self.average, evaluated, self.tracker)
 

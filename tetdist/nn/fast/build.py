@@ -57,7 +57,7 @@ def _built(source: Path, variant: tuple[str, ...], folder: Path) -> Path:
     headers = sorted(KERNELS.glob("*.h"))
     text = b"".join(file.read_bytes() for file in (source, *headers))
     # Machines with different processors may share a home folder.
-    prefix = f"{source.stem}-{_digest(text, *FLAGS, *variant, _processor())}"
+    prefix = f"{source.stem}-{_digest(text, *FLAGS, *variant, processor())}"
     compiler = shlex.split(os.environ.get("CXX", "g++"))
     if not compiler or shutil.which(compiler[0]) is None:
         # Without a compiler, use a library that another machine built.
@@ -154,7 +154,8 @@ def _remove_leftovers(folder: Path) -> None:
                 shutil.rmtree(leftover)
 
 
-def _processor() -> str:
+def processor() -> str:
+    """Return the line of the processor's extensions."""
     try:
         with Path("/proc/cpuinfo").open() as file:
             return next((line for line in file if line.startswith(("flags", "Features"))), "")

@@ -6,7 +6,7 @@ build.py compiles a library once per kind of neuron, for any T, shapes, types an
 import ctypes
 import functools
 from ctypes import POINTER, byref, c_double, c_int, c_int64, c_void_p
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,21 +23,17 @@ from tetdist.nn.fast.fused import (
     Sums,
     split_learned,
 )
-from tetdist.nn.fast.native_library import CHANNELS, Library, as_wide, at
+from tetdist.nn.fast.native_library import CHANNELS, Library, as_wide, at, fields
 from tetdist.nn.neurons import NeuronConfig
 from tetdist.nn.precision import wide_type
 from tetdist.nn.surrogates import SURROGATES
-
-
-def _fields(names: str, kind: Any) -> tuple[tuple[str, Any], ...]:
-    return tuple((name, kind) for name in names.split())
 
 
 class _Neuron(ctypes.Structure):
     """Neuron of kernels/neuron.cpp."""
 
     _fields_ = (
-        *_fields("decay threshold width share most levels", c_double),
+        *fields("decay threshold width share most levels", c_double),
         ("weights", c_void_p),
         ("past", c_int64),
     )
@@ -46,15 +42,15 @@ class _Neuron(ctypes.Structure):
 _NORM = "gain offset mean rstd"
 _OF_SHORTCUT = "shortcut_gain shortcut_offset shortcut_mean shortcut_rstd"
 _SUMS = "sum_grad sum_grad_xhat sum_grad_shortcut_hat"
-_SIZES = (*_fields("timesteps rows channels shared", c_int64), ("neuron", _Neuron))
+_SIZES = (*fields("timesteps rows channels shared", c_int64), ("neuron", _Neuron))
 
 
 class _Forward(ctypes.Structure):
     """Forward of kernels/neuron.cpp."""
 
     _fields_ = (
-        *_fields("x shortcut gain offset shortcut_gain shortcut_offset", c_void_p),
-        *_fields("start identity spikes packed end", c_void_p),
+        *fields("x shortcut gain offset shortcut_gain shortcut_offset", c_void_p),
+        *fields("start identity spikes packed end", c_void_p),
         *_SIZES,
     )
 
@@ -63,9 +59,9 @@ class _Backward(ctypes.Structure):
     """Backward of kernels/neuron.cpp."""
 
     _fields_ = (
-        *_fields(f"x shortcut {_NORM} {_OF_SHORTCUT}", c_void_p),
-        *_fields(f"start grad_spikes grad_end total own {_SUMS}", c_void_p),
-        *_fields("grad_start partial sum_share partial_share", c_void_p),
+        *fields(f"x shortcut {_NORM} {_OF_SHORTCUT}", c_void_p),
+        *fields(f"start grad_spikes grad_end total own {_SUMS}", c_void_p),
+        *fields("grad_start partial sum_share partial_share", c_void_p),
         *_SIZES,
     )
 
@@ -74,8 +70,8 @@ class _Add(ctypes.Structure):
     """Add of kernels/norm.cpp."""
 
     _fields_ = (
-        *_fields(f"x shortcut {_NORM} {_OF_SHORTCUT} out grad {_SUMS} partial", c_void_p),
-        *_fields("rows channels period", c_int64),
+        *fields(f"x shortcut {_NORM} {_OF_SHORTCUT} out grad {_SUMS} partial", c_void_p),
+        *fields("rows channels period", c_int64),
     )
 
 

@@ -44,6 +44,11 @@ class Library:
         return torch.empty(sums * blocks * channels, dtype=wide_type(like))
 
 
+def fields(names: str, kind: Any) -> tuple[tuple[str, Any], ...]:
+    """Return the fields of a structure in C."""
+    return tuple((name, kind) for name in names.split())
+
+
 def at(tensor: Tensor | None) -> int | None:
     assert tensor is None or tensor.is_contiguous()
     return None if tensor is None else tensor.data_ptr()

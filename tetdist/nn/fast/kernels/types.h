@@ -14,6 +14,8 @@ struct bf16 {
 
 inline float wide(float x) { return x; }
 inline double wide(double x) { return x; }
+inline int32_t wide(int32_t x) { return x; }
+inline int32_t wide(uint8_t x) { return x; }
 inline float wide(bf16 x) {
     uint32_t bits = uint32_t(x.bits) << 16;
     float value;
