@@ -291,6 +291,27 @@ def test_a_run_that_is_being_started_ends_with_the_study(number, write, tmp_path
     assert signal.getsignal(number) is before
 
 
+def test_a_second_interrupt_ends_the_study_and_its_runs_at_once(farm, tmp_path, monkeypatch):
+    mark, env = tiny.marked({})
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    code = f"""
+import os, signal, subprocess, sys, threading, types
+from tetdist.apps.studies import local
+run = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(); time.sleep(300)"
+options = dict(start_new_session=True, stdout=subprocess.PIPE)
+process = subprocess.Popen([{sys.executable!r}, "-c", run], **options)
+process.stdout.readline()
+child = types.SimpleNamespace(process=process)
+with local.StopRequest(local.ALONE) as stop, local.ended_at_exit({{"run": child}}, stop):
+    for seconds in (0, 1):
+        threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGINT)).start()
+"""
+    ((status, text),) = farm.side_by_side(1, tiny.python("-c", code), tmp_path)
+    assert (status, text) == (130, "interrupted; earlier checkpoints are kept\n")
+    tiny.wait_until(lambda: not tiny.alive(mark), 10)
+
+
 def test_mlflow_has_the_runs_that_the_study_prints(output_of, write, tmp_path):
     database, output = tmp_path / "mlflow.db", tmp_path / "out"
     overrides = {"tracking.mlflow": True, "tracking.uri": f"sqlite:///{database}"}

@@ -517,6 +517,36 @@ sys.exit(train.main(["--config", {str(file)!r}, "engine=torch"]))
     expect(main(file), "continuing", "step 5", "is finished")
 
 
+def test_a_second_interrupt_ends_at_once(farm, tiny_config, tmp_path):
+    """A disk that does not answer holds neither the process that writes nor one that waits."""
+    file = tiny_config()
+    code = f"""
+import os, signal, sys, threading, time
+from tetdist.apps.cli import train
+from tetdist.training import trainer
+take = trainer.Trainer._train_step
+def interrupt_after(seconds):
+    threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGINT)).start()
+def hang(_):
+    interrupt_after(1)
+    time.sleep(300)
+def train_step(self):
+    if self.step == 6:
+        self.saving.wait()
+        os.fsync = hang
+        interrupt_after(0)
+        if self.world.rank == 1:
+            interrupt_after(3)
+    return take(self)
+trainer.Trainer._train_step = train_step
+sys.exit(train.main(["--config", {str(file)!r}]))
+"""
+    ended = farm.side_by_side(2, tiny.python("-c", code), tmp_path)
+    assert [status for status, _ in ended] == [128 + INT] * 2, ended
+    assert all(text.endswith("interrupted; earlier checkpoints are kept\n") for _, text in ended)
+    expect(farm(file), "continuing", "step 5", "is finished")
+
+
 def test_mlflow_has_the_run_with_its_tags_and_artifacts(farm, tiny_config, tmp_path, empty_store):
     tracking = {"mlflow": True, "experiment": "tiny", "log_checkpoint": "last"}
     (tmp_path / "own.py").touch()

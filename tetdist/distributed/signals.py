@@ -3,8 +3,9 @@
 import os
 import select
 import signal
+import threading
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from types import FrameType
 from typing import Any
 
@@ -37,13 +38,18 @@ class StopRequest(ExitStack):
 
     SIGINT (Ctrl-C), SIGTERM, SIGHUP (the terminal closes), SIGUSR1 and SIGUSR2 to any process are
     requests to save and end. Before all is saved (`is_over`), a second SIGINT ends the process at
-    once.
+    once, from a thread: the main one may wait for a disk, a GPU or another process for ever.
+
+    Attributes:
+        before_end: Called one after another before that, for at most `PATIENCE` seconds.
     """
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+    PATIENCE = 6.0
 
     def __init__(self, world: World) -> None:
         super().__init__()
+        self.before_end: list[Callable[[], object]] = []
         self.signal: signal.Signals | None = None
         self.is_over = False
         self._world = world
@@ -52,13 +58,21 @@ class StopRequest(ExitStack):
 
     def __enter__(self) -> "StopRequest":
         self.enter_context(handling(self.SIGNALS, self._receive))
+        # Python's handlers run when the main thread gets to it, and this pipe has each signal then.
+        numbers, written = os.pipe()
+        os.set_blocking(written, False)
+        self.callback(os.close, written)
+        self.callback(signal.set_wakeup_fd, signal.set_wakeup_fd(written))
+        threading.Thread(
+            target=self._await_interrupts, args=(numbers,), name="interrupts", daemon=True
+        ).start()
         # A launcher blocks these signals until a process is ready to receive them.
         signal.pthread_sigmask(signal.SIG_UNBLOCK, self.SIGNALS)
         return self
 
     def _receive(self, number: int, _frame: FrameType | None) -> None:
         if self.signal == number == signal.SIGINT and not self.is_over:
-            raise KeyboardInterrupt
+            threading.Event().wait()  # for the end
         let_go_of_closed_streams()
         # The deepspeed launcher sends SIGTERM after the terminal's SIGINT: still one request. If
         # Slurm preempts without grace, it sends SIGTERM and the job's own signal together: the more
@@ -66,6 +80,24 @@ class StopRequest(ExitStack):
         more_specific = self.signal == signal.SIGTERM and number in (signal.SIGUSR1, signal.SIGUSR2)
         if self.signal is None or more_specific:
             self.signal = signal.Signals(number)
+
+    def _await_interrupts(self, numbers: int) -> None:
+        interrupts = 0
+        with open(numbers, "rb", buffering=0) as received:
+            while number := received.read(1):
+                interrupts += number[0] == signal.SIGINT
+                if interrupts > 1 and not self.is_over:
+                    self._end_at_once()
+
+    def _end_at_once(self) -> None:
+        status = 128 + signal.SIGINT
+        threading.Timer(self.PATIENCE, os._exit, [status]).start()
+        # Another thread may hold the lock of sys.stderr.
+        text = b"interrupted; earlier checkpoints are kept\n"
+        for action in (lambda: os.write(2, text), *self.before_end):
+            with suppress(Exception):
+                action()
+        os._exit(status)
 
     def ask(self) -> None:
         """Request the same without a signal, from any thread."""

@@ -96,7 +96,7 @@ def main(arguments: list[str] | None = None) -> int:
         fail(error, "" if rank == "0" else f"rank {rank}: ")
         return PEER_FAILED
     except KeyboardInterrupt:
-        # Interrupted before the run began, or a second time.
+        # Interrupted before the run began.
         print("interrupted; earlier checkpoints are kept", file=sys.stderr)
         return 130
 

@@ -43,7 +43,7 @@ def work(runs: list[StudyRun], jobs: int) -> dict[str, str]:
         f"{work.done} of {len(runs)} runs are already done; logs are in {logs}, and "
         f"`{typed('status', logs.parent)}` shows the state of all"
     )
-    with StopRequest(ALONE) as stop, ended_at_exit(work.running):
+    with StopRequest(ALONE) as stop, ended_at_exit(work.running, stop):
         while work.waiting or work.running:
             for run in list(work.waiting):
                 if stop.agreed():
@@ -175,24 +175,24 @@ class Child:
 
 
 @contextlib.contextmanager
-def ended_at_exit(running: dict[StudyRun, Child]) -> Iterator[None]:
+def ended_at_exit(running: dict[StudyRun, Child], stop: StopRequest) -> Iterator[None]:
     """Stop all children on exit, whatever happens; each saves and ends.
 
-    A second Ctrl-C meanwhile kills them.
+    A second Ctrl-C kills them.
     """
+
+    def kill() -> None:
+        for child in running.values():
+            child.process.kill()
+
+    stop.before_end.append(kill)
     try:
         yield
     finally:
-        try:
-            for child in running.values():
-                child.process.terminate()
-            for child in running.values():
-                child.process.wait()
-        except KeyboardInterrupt:
-            for child in running.values():
-                child.process.kill()
-                child.process.wait()
-            raise
+        for child in running.values():
+            child.process.terminate()
+        for child in running.values():
+            child.process.wait()
 
 
 def _print(text: str) -> None:
