@@ -20,10 +20,10 @@ from tetdist.apps.weights import published
 from tetdist.apps.weights.sources import SOURCES
 from tetdist.config.names import NETWORKS
 from tetdist.errors import UserError
-from tetdist.storage import checkpoint, files
+from tetdist.storage import checkpoint, files, foreign_files
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-PAGE = b"\n<!DOCTYPE html><html>sign in</html>"
+PAGE = b"\xef\xbb\xbf<!DOCTYPE html><html>sign in</html>"
 ARTICLE = "/v2/articles/14752998/files?page_size=1000"
 
 
@@ -31,9 +31,10 @@ class Host(ThreadingHTTPServer):
     """A host of files.
 
     Attributes:
-        files: Content by path; other paths do not exist.
+        files: Content by path, or the status of its refusal; other paths do not exist.
         cuts: Bytes after which the next answer for a path breaks off.
-        asked: Path and range of each request.
+        states: What answers state of a file: its length, and a tag of its content.
+        asked: Path and range of each request for content.
     """
 
     daemon_threads = True
@@ -41,14 +42,15 @@ class Host(ThreadingHTTPServer):
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Answer)
         self.url = f"http://127.0.0.1:{self.server_port}"
-        self.files: dict[str, bytes] = {}
+        self.files: dict[str, bytes | int] = {}
         self.cuts: dict[str, int] = {}
+        self.states = ["Content-Length", "ETag"]
         self.asked: list[tuple[str, str | None]] = []
 
-    def publish(self, name: str, content: bytes, md5: str | None = None) -> None:
+    def publish(self, name: str, content: bytes, md5: str | None = "") -> None:
         """Show a file at the root, and as one of the article."""
         self.files[f"/{name}"] = content
-        md5 = md5 or hashlib.md5(content).hexdigest()
+        md5 = hashlib.md5(content).hexdigest() if md5 == "" else md5
         found = {"name": name, "download_url": f"{self.url}/{name}", "computed_md5": md5}
         self.files[ARTICLE] = json.dumps([found]).encode()
 
@@ -59,20 +61,28 @@ class Answer(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         asked = self.headers["Range"]
         self.server.asked.append((self.path, asked))
-        if self.path not in self.server.files:
-            self.send_error(404)
-            return
-        content = self.server.files[self.path]
+        content = self.server.files.get(self.path, 404)
         start = int(re.fullmatch(r"bytes=(\d+)-", asked)[1]) if asked else 0
-        if start >= len(content):
-            self.send_error(416)
+        if not isinstance(content, int) and start > 0 and start >= len(content):
+            content = 416
+        if isinstance(content, int):
+            self.send_error(content)
             return
         self.send_response(206 if asked else 200)
         if asked:
             self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
-        self.send_header("Content-Length", str(len(content) - start))
-        self.end_headers()
+        self.describe(content, start)
         self.wfile.write(content[start : self.server.cuts.pop(self.path, len(content))])
+
+    def do_HEAD(self) -> None:
+        self.send_response(200)
+        self.describe(self.server.files.get(self.path, b""), 0)
+
+    def describe(self, content: bytes, start: int) -> None:
+        about = {"Content-Length": len(content) - start, "ETag": hashlib.md5(content).hexdigest()}
+        for name in self.server.states:
+            self.send_header(name, str(about[name]))
+        self.end_headers()
 
     def log_message(self, *_: object) -> None:
         """Say nothing."""
@@ -156,28 +166,36 @@ def test_two_commands_fetch_and_evaluate(name, file, claim, host, output_of, tin
     assert len(host.asked) == number
 
 
-def test_interrupted_downloads_continue(host, monkeypatch):
+def test_interrupted_downloads_continue_if_the_file_is_the_same(host, monkeypatch):
     monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 1000)
     one, content = published.named("maxformer_10_768"), bytes(range(1, 256)) * 1000
     host.publish(one.file, content)
     host.cuts[f"/{one.file}"] = 100_000
-    file = published.obtain(one)
-    assert file.read_bytes() == content
+    file, read = published.obtain(one, Path.read_bytes)
+    assert read == content
     assert host.asked[0][1] is None
     begun = int(host.asked[1][1].removeprefix("bytes=").removesuffix("-"))
     assert 0 < begun <= 100_000
 
-    # By another command, after the first one was killed.
-    file.rename(file.with_name(f"{file.name}.part"))
-    with file.with_name(f"{file.name}.part").open("r+b") as part:
-        part.truncate(70_000)
-    assert published.obtain(one).read_bytes() == content
-    assert host.asked[-1][1] == "bytes=70000-"
+    def ranges_after(length):
+        """Continue where a command was killed that had this much of the first content."""
+        part = file.with_name(f"{file.name}.{hashlib.sha256(tag).hexdigest()[:16]}.part")
+        part.write_bytes(content[:length])
+        file.unlink()
+        file.with_name(f"{file.name}.sha256").unlink()
+        host.asked.clear()
+        assert published.obtain(one, Path.read_bytes)[1] == host.files[f"/{one.file}"]
+        assert not list(file.parent.glob("*.part"))
+        return [asked for _, asked in host.asked]
 
-    # By another command, which was killed before it renamed the complete file.
-    file.rename(file.with_name(f"{file.name}.part"))
-    assert published.obtain(one).read_bytes() == content
-    assert [asked for _, asked in host.asked[-2:]] == [f"bytes={len(content)}-", None]
+    tag = hashlib.md5(content).hexdigest().encode()
+    assert ranges_after(70_000) == ["bytes=70000-"]
+    assert ranges_after(len(content)) == [f"bytes={len(content)}-"]  # killed before it renamed it
+    host.publish(one.file, content[::-1])
+    assert ranges_after(70_000) == [None]
+    host.states.remove("ETag")
+    tag = b""
+    assert ranges_after(70_000) == [None]
 
 
 @pytest.mark.parametrize(
@@ -186,15 +204,23 @@ def test_interrupted_downloads_continue(host, monkeypatch):
         ("no article", r"figshare:14752998/sew18_check\S+ cannot be downloaded \(HTTP Error 404"),
         ("other files", r"\(the article has sew34\.pth instead\); repeat .* save it as \S*sew18"),
         ("no file", r"sew18_checkpoint_319\.pth cannot be downloaded \(.*404"),
-        ("a page", r"sew18\S+ is a web page, not weights, and was removed; download it from"),
-        ("a page by hand", r"sdt_8_384\.pth is a web page, not weights, and was removed; download"),
+        (
+            "a page by hand",
+            r"sdt_8_384\.pth holds more than .* was removed; .*, or download it from",
+        ),
+        ("no MD5", r"cannot be downloaded \(figshare has not computed its MD5\)"),
+        ("416", r"sew18\S+ cannot be downloaded \(.*416 .*; repeat the command to continue, or"),
+        ("endless", r"sew18\S+ cannot be downloaded \(it is larger than 0 GB\)"),
         ("damaged", r"sent has another MD5 than figshare's; repeat the command, or download it"),
         ("by hand", r"^sdt_8_384 has no address for programs; download it from https://drive"),
         ("unknown", r"there is no published network sew_resnet35; did you mean sew_resnet50\?"),
-        ("no cache", r"weights cannot be kept \(.*; set XDG_CACHE_HOME to a folder of your own"),
+        (
+            "no cache",
+            r"weights cannot be kept \(.*; correct that, or set XDG_CACHE_HOME to a folder",
+        ),
     ],
 )
-def test_failed_downloads_say_what_to_do(name, complaint, host, tmp_path):
+def test_failed_downloads_say_what_to_do(name, complaint, host, monkeypatch, tmp_path):
     wanted = "sdt_8_384" if "by hand" in name else "sew_resnet18"
     wanted = "sew_resnet35" if name == "unknown" else wanted
     file = "sew18_checkpoint_319.pth"
@@ -204,20 +230,59 @@ def test_failed_downloads_say_what_to_do(name, complaint, host, tmp_path):
         case "no file":
             host.publish(file, b"weights")
             del host.files[f"/{file}"]
-        case "a page":
-            host.publish(file, PAGE)
         case "a page by hand":
             folder = files.own_cache() / "weights"
             folder.mkdir()
             (folder / "sdt_8_384.pth").write_bytes(PAGE)
         case "damaged":
             host.publish(file, b"weights", hashlib.md5(b"others").hexdigest())
+        case "no MD5":
+            host.publish(file, b"weights", None)
+        case "416":
+            host.publish(file, b"weights")
+            host.files[f"/{file}"] = 416
+        case "endless":
+            host.publish(file, b"weights")
+            monkeypatch.setattr(published, "LIMIT", 6)
         case "no cache":
             (tmp_path / "cache").touch()
     with pytest.raises(UserError, match=complaint):
-        published.obtain(published.named(wanted))
+        published.obtain(published.named(wanted), foreign_files.read)
+    assert len(host.asked) <= 2
     left = [path for path in tmp_path.rglob("*.*") if path.stat().st_size]
     assert left == []
+
+
+@pytest.mark.parametrize("ending", ["", ".sha256"])
+def test_a_folder_in_the_place_of_a_file_is_named(ending, host):
+    one = published.named("maxformer_10_768")
+    host.publish(one.file, b"weights")
+    folder = files.own_cache() / "weights" / f"{one.file}{ending}"
+    folder.mkdir(parents=True)
+    complaint = rf"kept \(.* a folder, not a file: '{folder}'\); correct that, or set"
+    with pytest.raises(UserError, match=complaint):
+        published.obtain(one, Path.read_bytes)
+
+
+@pytest.mark.parametrize("answer", ["empty", "cut", "an error", "a page"])
+def test_a_download_that_is_no_weights_is_neither_kept_nor_remembered(answer, host, tmp_path):
+    one = published.named("maxformer_10_768")
+    torch.save({"model": {"weight": torch.ones(9)}}, tmp_path / "weights")
+    content = (tmp_path / "weights").read_bytes()
+    host.states.remove("Content-Length")
+    bodies = {"empty": b"", "cut": content[:-99], "an error": b'{"error": 1}', "a page": PAGE}
+    host.publish(one.file, bodies[answer])
+    begins = re.escape(repr(bodies[answer][:20])[:-1])
+    with pytest.raises(
+        UserError, match=rf"{one.file} .*begins with {begins}.* was removed; repeat"
+    ):
+        published.obtain(one, foreign_files.read)
+    assert list((files.own_cache() / "weights").iterdir()) == []
+    host.publish(one.file, content)
+    file, state = published.obtain(one, foreign_files.read)
+    assert state["weight"].tolist() == [1] * 9
+    digest = file.with_name(f"{one.file}.sha256").read_text()
+    assert digest == hashlib.sha256(content).hexdigest()
 
 
 def test_hub_is_a_host(monkeypatch, tmp_path):
@@ -226,22 +291,22 @@ def test_hub_is_a_host(monkeypatch, tmp_path):
     with hub_stand_in.serving(monkeypatch, tmp_path / "home") as hub:
         hub.repositories["lab/weights"] = hub_stand_in.Repository()
         hub.repositories["lab/weights"].commit({"it.pth.tar": b"weights"})
-        assert published.obtain(one).read_bytes() == b"weights"
+        assert published.obtain(one, Path.read_bytes)[1] == b"weights"
         with pytest.raises(UserError, match=r"lacks this file.*; download it from https:"):
-            published.obtain(replace(one, file="other.pth.tar"))
+            published.obtain(replace(one, file="other.pth.tar"), Path.read_bytes)
 
 
 def test_later_uses_are_compared_with_the_first_download(host):
     one = published.named("maxformer_10_768")
     host.publish(one.file, b"weights")
-    file = published.obtain(one)
+    file, _ = published.obtain(one, Path.read_bytes)
     file.write_bytes(b"weights, damaged")
     differs = rf"{re.escape(str(file))} differs from the first download of maxformer_10_768; remove"
     with pytest.raises(UserError, match=differs):
-        published.obtain(one)
+        published.obtain(one, Path.read_bytes)
     file.unlink()
     host.publish(one.file, b"new weights")
     with pytest.raises(UserError, match=differs):
-        published.obtain(one)
+        published.obtain(one, Path.read_bytes)
     file.with_name(f"{file.name}.sha256").unlink()
-    assert published.obtain(one).read_bytes() == b"new weights"
+    assert published.obtain(one, Path.read_bytes)[1] == b"new weights"

@@ -96,9 +96,10 @@ def list_published() -> None:
 
 def convert_file(options: argparse.Namespace) -> None:
     fetched = None if options.fetch is None else published.named(options.fetch)
-    if fetched is None and not (file := Path(options.source)).exists():
-        raise UserError(f"there is no file {file}; {meant_path(file, 'correct its name')}")
     if fetched is None:
+        options.source = file = Path(options.source)
+        if not file.exists():
+            raise UserError(f"there is no file {file}; {meant_path(file, 'correct its name')}")
         names.check_network(options.model)
     check_new_weights(options.output)
     import torch
@@ -106,17 +107,17 @@ def convert_file(options: argparse.Namespace) -> None:
     from tetdist.apps.weights import foreign
     from tetdist.storage import checkpoint, foreign_files
 
+    before = None
     if fetched is not None:
-        options.source = published.obtain(fetched)
+        options.source, state = published.obtain(fetched, foreign_files.read)
         options.model, options.layout, options.keys = fetched.model, fetched.source, fetched.keys
         options.timesteps = options.timesteps or fetched.timesteps
-    options.source = Path(options.source)
-    layout, before = options.layout, None
-    if checkpoint.is_own(options.source):
+    elif checkpoint.is_own(options.source):
         state, before = checkpoint.load_model_file(options.source)
-        layout = OWN
+        options.layout = OWN
     else:
         state = foreign_files.read(options.source)
+    layout = options.layout
     source = foreign.source_of(state, options.source) if layout == "auto" else layout
     num_classes = foreign.num_classes(state, source)
     config, timesteps = configuration(options, source, num_classes, before)

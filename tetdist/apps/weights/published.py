@@ -1,20 +1,21 @@
 """Published weights that can be converted: the table of published.yaml, and their download.
 
-Files are kept in the user's cache folder. The SHA-256 of the first download is stored beside them,
-and every later use is compared with it.
+Files are kept in the user's cache folder. The SHA-256 of the first download that could be read is
+stored beside them, and every later use is compared with it.
 """
 
+import contextlib
 import hashlib
+import io
 import json
-import re
 import textwrap
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from tetdist.config.yaml_files import read_yaml
 from tetdist.errors import UserError, typed, without_passwords
@@ -25,7 +26,8 @@ from tetdist.wording import meant
 TABLE = Path(__file__).with_name("published.yaml")
 FIGSHARE = "https://api.figshare.com/v2/articles"
 _ARTICLE = "figshare:"  # before the number of an article, as a host
-_WEB_PAGE = re.compile(rb"\s*<(!doctype|html|\?xml)", re.IGNORECASE)
+LIMIT = 4e9  # bytes of a file; the largest network takes 1.3 GB with its optimiser's state
+State = TypeVar("State")
 
 
 @dataclass(frozen=True)
@@ -97,39 +99,56 @@ def listing() -> str:
     return "\n\n".join(parts)
 
 
-def obtain(one: Published) -> Path:
-    """Return the file of a network; it is downloaded unless it is in the cache folder.
+def obtain(one: Published, read: Callable[[Path], State]) -> tuple[Path, State]:
+    """Return the file of a network, downloaded unless it is in the cache folder, and its contents.
+
+    Args:
+        read: Returns the contents; a file for which it raises a `UserError` is removed.
 
     Raises:
-        UserError: It cannot be downloaded, or differs from the first download.
+        UserError: It cannot be downloaded or read, or differs from the first download.
     """
     try:
         folder = files.own_cache() / "weights"
         folder.mkdir(exist_ok=True)
+        file, digest = folder / one.file, folder / f"{one.file}.sha256"
+        if not file.exists():
+            file = _download(one, file)
+        with files.open_file(file) as stream:
+            checksum = hashlib.file_digest(stream, "sha256").hexdigest()
+            stream.seek(0)
+            beginning = stream.read(40)
+        if digest.exists() and files.read_text(digest) != checksum:
+            raise UserError(
+                f"{file} differs from the first download of {one.name}; remove it to download it "
+                f"again, or remove {digest} to accept it"
+            )
+        try:
+            state = read(file)
+        except UserError as error:
+            file.unlink()
+            digest.unlink(missing_ok=True)
+            raise UserError(
+                f"{error}. It begins with {beginning!r} and was removed; repeat the command, or "
+                f"{one.by_hand(file)}"
+            ) from error
+        files.write_text(digest, checksum)
     except OSError as error:
         raise UserError(
-            f"weights cannot be kept ({error}); set XDG_CACHE_HOME to a folder of your own"
+            f"weights cannot be kept ({error}); correct that, or set XDG_CACHE_HOME to a folder of "
+            "your own"
         ) from error
-    file, digest = folder / one.file, folder / f"{one.file}.sha256"
-    if not file.exists():
-        file = _download(one, file)
-    with file.open("rb") as stream:
-        if _WEB_PAGE.match(stream.read(100)):
-            file.unlink()
-            raise UserError(
-                f"what was saved as {file} is a web page, not weights, and was removed; "
-                f"{one.by_hand(file)}"
-            )
-        stream.seek(0)
-        checksum = hashlib.file_digest(stream, "sha256").hexdigest()
-    if not digest.exists():
-        files.write_text(digest, checksum)
-    elif digest.read_text() != checksum:
-        raise UserError(
-            f"{file} differs from the first download of {one.name}; remove it to download it "
-            f"again, or remove {digest} to accept it"
-        )
-    return file
+    return file, state
+
+
+class _Part(io.BufferedWriter):
+    """Stream to the file of a download, which ends an answer without an end."""
+
+    def write(self, data: Any) -> int:
+        if self.tell() + len(data) > LIMIT:
+            self.truncate(0)
+            raise OSError(f"it is larger than {LIMIT / 1e9:.0f} GB")
+        return super().write(data)
 
 
 def _download(one: Published, file: Path) -> Path:
@@ -144,22 +163,27 @@ def _download(one: Published, file: Path) -> Path:
             raise UserError(f"{one.file}: {error}; {by_hand}") from error
     from huggingface_hub.file_download import http_get
 
-    part, address = file.with_name(f"{file.name}.part"), f"{one.host}/{one.file}"
+    address, md5, begun = f"{one.host}/{one.file}", None, 0
     try:
-        md5 = None
         if one.host.startswith(_ARTICLE):
             address, md5 = _on_figshare(one)
-        with part.open("ab") as stream:
-            http_get(address, stream, resume_size=stream.tell(), displayed_filename=one.file)
+        version = md5 or _etag(address)
+        version_hash = hashlib.sha256(version.encode()).hexdigest()
+        part = file.with_name(f"{file.name}.{version_hash[:16]}.part")
+        for other in file.parent.glob(f"{file.name}*.part"):
+            if not version or other != part:
+                other.unlink()
+        with _Part(part.open("ab", buffering=0)) as stream:
+            begun = stream.tell()
+            http_get(address, stream, resume_size=begun, displayed_filename=one.file)
     except Exception as error:  # network errors have other classes in each version
-        if getattr(getattr(error, "response", None), "status_code", None) == 416:
-            part.unlink()  # Nothing follows it: it is complete, or the file is another one now.
-            return _download(one, file)
-        reason = without_passwords(str(error).partition("\n")[0]) or type(error).__name__
-        raise UserError(
-            f"{address} cannot be downloaded ({reason}); repeat the command to continue, or "
-            f"{by_hand}"
-        ) from error
+        is_complete = getattr(getattr(error, "response", None), "status_code", None) == 416
+        if not (begun and is_complete):
+            reason = without_passwords(str(error).partition("\n")[0]) or type(error).__name__
+            raise UserError(
+                f"{address} cannot be downloaded ({reason}); repeat the command to continue, or "
+                f"{by_hand}"
+            ) from error
     with part.open("rb") as stream:
         is_damaged = md5 not in (None, hashlib.file_digest(stream, "md5").hexdigest())
     if is_damaged:
@@ -178,4 +202,14 @@ def _on_figshare(one: Published) -> tuple[str, str]:
         known = {each["name"]: each for each in json.load(answer)}
     if one.file not in known:
         raise ValueError(f"the article has {', '.join(known)} instead")
-    return known[one.file]["download_url"], known[one.file]["computed_md5"]
+    if (md5 := known[one.file]["computed_md5"]) is None:
+        raise ValueError("figshare has not computed its MD5")
+    return known[one.file]["download_url"], md5
+
+
+def _etag(address: str) -> str:
+    """Return the host's tag of a file's version; empty if it states none."""
+    request = urllib.request.Request(address, method="HEAD")
+    with contextlib.suppress(OSError), urllib.request.urlopen(request, timeout=30) as answer:
+        return answer.headers["ETag"] or ""
+    return ""
