@@ -65,6 +65,22 @@ def test_an_index_survives_saving_and_another_process_maps_it_again(image_root, 
         pickle.loads(pickled)
 
 
+@pytest.mark.parametrize("size", [0, 1000])
+def test_an_index_that_was_cut_off_in_place_is_named(size, image_root, tmp_path):
+    """Reading its arrays would end the process, or read zeros."""
+    index, _ = build(image_root())
+    file = ix.index_file(tmp_path, "train")
+    ix.save_index(index, file)
+    loaded = ix.load_index(file)
+    relabelled = dataclasses.replace(loaded, labels=np.zeros_like(index.labels))
+    bytes_before = file.stat().st_size
+    assert loaded.whole().byte_range(5) == index.whole().byte_range(5)
+    os.truncate(file, size)
+    for read in (loaded.whole, relabelled.whole, lambda: loaded.byte_range(5)):
+        with pytest.raises(UserError, match=f"{file} has {size} bytes instead of {bytes_before}"):
+            read()
+
+
 def test_the_fingerprint_is_of_the_content_not_of_the_copy(image_root):
     root = image_root()
     first = build(root)[0].fingerprint

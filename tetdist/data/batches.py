@@ -101,7 +101,7 @@ def eval_batches(
     if output is None:
         all_inputs = (_events(index, ids) for ids in some)
     else:
-        sizes = index.heights, index.widths
+        sizes = index.whole().heights, index.widths
         resized, start = centre_crop(*sizes, data.resize_side, output.size)
         # The window is the whole image, of the index's size: the decoder fails if the image has
         # become smaller.

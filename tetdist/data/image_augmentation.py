@@ -44,7 +44,7 @@ def augmented(
         positions: (B,) in the epoch's order.
     """
     draws, side = image_draws(seed, epoch, positions), output.size
-    sizes = index.heights[ids], index.widths[ids]
+    sizes = index.whole().heights[ids], index.widths[ids]
     match data.crop:
         case "resized":
             window = random_resized_crop(*sizes, draws.crop, data.scale, data.ratio)

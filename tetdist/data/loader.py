@@ -222,7 +222,8 @@ class Loader(Batches):
         return self._batch(torch.empty(0), np.empty(0, np.int64))
 
     def _batch(self, images: torch.Tensor, ids: npt.NDArray[np.int64]) -> Batch:
-        return Batch(images, torch.from_numpy(self._index.labels[ids].astype(np.int64)), ids)
+        labels = self._index.whole().labels[ids].astype(np.int64)
+        return Batch(images, torch.from_numpy(labels), ids)
 
     def _stop(self) -> None:
         # The taker ends first, because the finishers still work on what it is taking.

@@ -47,6 +47,10 @@ _SAMPLED_FILES = 10_000
 _DAMAGE = (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error)
 
 
+class _Mapping(mmap.mmap):
+    file: Path
+
+
 @dataclass(frozen=True, eq=False)
 class Index:
     """One split of a data set, N samples in K classes, sorted by class and then by name.
@@ -112,11 +116,24 @@ class Index:
         object.__setattr__(self, "maker", (function, arguments))
         return self
 
+    def whole(self) -> Self:
+        """Return this index, before its arrays are read: the file behind them may have been cut.
+
+        Reading past the end of a mapped file ends the process without a message.
+        """
+        mapping = getattr(self.path_blob.base, "obj", None)
+        if isinstance(mapping, _Mapping) and (size := mapping.size()) != len(mapping):
+            raise UserError(
+                f"the index {mapping.file} has {size} bytes instead of {len(mapping)}, since it "
+                "was overwritten while in use; build it again, and start again"
+            )
+        return self
+
     @property
     def frames_shape(self) -> tuple[int, int, int, int]:
         """(T, 2, H, W) of every event tensor."""
         assert self.timesteps is not None
-        return self.timesteps, 2, int(self.heights[0]), int(self.widths[0])
+        return self.timesteps, 2, int(self.whole().heights[0]), int(self.widths[0])
 
     def frames(self, data: "DataSection") -> tuple[int, int, int, int] | None:
         """Return the shape (T, 2, H, W) of a network's input; None if that is an image."""
@@ -132,7 +149,8 @@ class Index:
 
     def byte_range(self, i: int) -> ByteRange:
         """Return the place of sample `i`'s bytes."""
-        file = self.archives[self.archive_ids[i]] if self.archives else self.path(i)
+        index = self.whole()
+        file = self.archives[index.archive_ids[i]] if self.archives else index.path(i)
         return ByteRange(file, int(self.offsets[i]), int(self.file_sizes[i]))
 
     def command(self, root: str | Path) -> str:
@@ -239,7 +257,8 @@ def load_index(file: str | Path, fingerprint: str | None = None) -> Index:
             if damaged := archive.testzip():
                 raise ValueError(f"the checksum of {damaged} differs")
             # It stays when `images index` replaces the file.
-            mapping = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+            mapping = _Mapping(stream.fileno(), 0, access=mmap.ACCESS_READ)
+            mapping.file = file
             meta = parse_json(_mapped(archive, mapping, "meta").tobytes())
             version = meta["version"]
             if version != _FORMAT_VERSION:
