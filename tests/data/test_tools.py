@@ -281,7 +281,7 @@ def test_mistakes_with_the_other_commands_do_too(images, tmp_path, monkeypatch, 
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_stopped_index_continues(image_root, capsys, monkeypatch):
+def test_a_stopped_index_continues(image_root, capsys, caplog, monkeypatch, tmp_path):
     root = image_root(per_class=25)  # More than one task of work.
     samples = [
         sorted(str(file.relative_to(root)) for file in root.glob(f"{split}/*/*"))
@@ -332,6 +332,26 @@ def test_a_stopped_index_continues(image_root, capsys, monkeypatch):
     journal.write_bytes(known.replace(b"true", b"false"))  # Of --no-decode.
     assert index() == 0
     assert len(probed) == 149
+
+    # What is no journal is put aside; a link's target is not written, and a pipe not waited for.
+    short = json.loads(known.splitlines()[0])
+    short[1] = {key: [stamp, facts[:2]] for key, (stamp, facts) in short[1].items()}
+    (other := tmp_path / "other").write_text("3")
+    for write in (
+        lambda: journal.write_text("3\n"),
+        lambda: journal.write_text('["a"]\n'),
+        lambda: journal.write_text(json.dumps(short) + "\n"),
+        lambda: journal.symlink_to(other),
+        lambda: os.mkfifo(journal),
+    ):
+        write()
+        caplog.clear()
+        assert index() == 0
+        assert len(probed) == 149
+        assert caplog.messages == [
+            f"{journal} is no journal of an index; it is now train.journal.bad"
+        ]
+    assert other.read_text() == "3"
 
 
 def test_the_digits_are_made_once_and_completely(tmp_path, output_of):

@@ -5,7 +5,8 @@ facts that were found. Only samples of unchanged files are taken from it.
 """
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+import logging
+from collections.abc import Callable, Sequence
 from functools import partial
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
@@ -15,6 +16,8 @@ from tetdist.datasets.archives import ByteRange
 from tetdist.datasets.probe import Probe, probe_range
 from tetdist.datasets.processes import ReportProgress, run_on_samples
 from tetdist.storage.files import explaining, parse_json, whole_lines
+
+logger = logging.getLogger(__name__)
 
 # Time of the last change in ns, and bytes, of a file; None if it cannot be accessed.
 _Stamp = tuple[int, int] | None
@@ -34,7 +37,7 @@ def probe_with_journal(
     Each new one is in the journal a moment later; bad samples are probed again in the next start.
     Progress counts the samples that are probed now.
     """
-    known = dict(_entries(journal, settings := [probe.__name__, *arguments]))
+    known = _known(journal, settings := [probe.__name__, *arguments])
     found: dict[int, Any] = {}
     rows = [i for i, place in enumerate(byte_ranges) if _key(place) in known]
     files = list(dict.fromkeys(byte_ranges[i].file for i in rows))
@@ -44,7 +47,7 @@ def probe_with_journal(
     for i in rows:
         time_and_size, facts = known[_key(byte_ranges[i])]
         if (stamp := stamps[byte_ranges[i].file]) is not None and list(stamp) == time_and_size:
-            found[i] = Probe(*facts)
+            found[i] = facts
     rows = [i for i in range(len(byte_ranges)) if i not in found]
     work = partial(_examine, probe, root, arguments)
     batches = run_on_samples(work, [byte_ranges[i] for i in rows], workers, progress)
@@ -64,15 +67,29 @@ def probe_with_journal(
     return [found[i] for i in range(len(byte_ranges))]
 
 
-def _entries(journal: Path, settings: list[Any]) -> Iterator[tuple[str, tuple[Any, Any]]]:
-    """Yield the journal's samples with the same settings: key, and time and size, and facts."""
-    for line in whole_lines(journal):
-        try:
-            written_with, samples = parse_json(line)
-        except ValueError:  # A power cut may leave zeros.
-            continue
-        if written_with == settings:
-            yield from samples.items()
+def _known(journal: Path, settings: list[Any]) -> dict[str, tuple[list[int], Probe]]:
+    """Return the journal's samples with the same settings: time and size, and facts, by key.
+
+    What is no journal is put aside.
+    """
+    known: dict[str, tuple[list[int], Probe]] = {}
+    try:
+        if journal.is_symlink() or (journal.exists() and not journal.is_file()):
+            raise ValueError
+        for line in whole_lines(journal):
+            try:
+                values = parse_json(line)
+            except ValueError:  # A power cut may leave zeros.
+                continue
+            written_with, samples = values
+            if written_with == settings:
+                known |= {key: (stamp, Probe(*facts)) for key, (stamp, facts) in samples.items()}
+    except (AttributeError, TypeError, ValueError):
+        aside = journal.with_suffix(".journal.bad")
+        logger.warning("%s is no journal of an index; it is now %s", journal, aside.name)
+        journal.replace(aside)
+        return {}
+    return known
 
 
 def _key(place: ByteRange) -> str:
