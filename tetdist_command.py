@@ -55,7 +55,8 @@ def run(name: str, arguments: list[str] | None = None) -> int:
 def _answer_while_read(command: Callable[[], int]) -> int:
     """Carry out a command, and answer for its output: all that it prints passes through here.
 
-    A command whose output nobody reads any more, as with ``... | head``, ends silently.
+    A command whose output nobody reads any more, as with ``... | head``, ends silently. Of an error
+    of the operating system with a file, one sentence is printed.
     """
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
@@ -77,6 +78,11 @@ def _answer_while_read(command: Callable[[], int]) -> int:
             # Python itself would do so later, where nobody could see that it fails.
             sys.stdout.flush()
     except OSError as error:
+        if error.filename is not None:
+            from tetdist.errors import sentence
+
+            print(f"error: {sentence(error)}", file=sys.stderr)
+            return 2
         lost = [stream for stream in (sys.stdout, sys.stderr) if is_lost(stream)]
         if not lost:
             raise  # another pipe is broken, or another file cannot be written: that is a fault

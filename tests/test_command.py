@@ -77,9 +77,17 @@ def test_output_that_is_full_is_one_sentence(length, run, monkeypatch, capsys):
         assert tetdist_command._answer_while_read(lambda: tetdist_command._main("eavl")) == 2
 
 
-def test_error_that_names_a_file_does_not_write_to_the_output(capsys):
-    assert for_files(Path("/no/file").read_bytes) == 2
-    assert capsys.readouterr().out == ""
+@pytest.mark.parametrize("run", [tetdist_command._answer_while_read, for_files])
+@pytest.mark.parametrize(
+    ("file", "reason"),
+    [("/no/file", "No such file or directory"), ("a" * 300, "File name too long"), ("/", "Is a d")],
+)
+def test_error_that_names_a_file_is_one_sentence(file, reason, run, capsys):
+    assert run(Path(file).read_bytes) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith(f"error: {file} cannot be used ({reason}")
+    assert err.count("\n") == 1
 
 
 def test_many_bad_files_are_counted_and_not_all_listed(capsys):

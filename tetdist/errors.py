@@ -44,7 +44,8 @@ class UserError(ValueError):
     """A mistake that the user can correct.
 
     Its text is one clear sentence that names the key, file or step and the way out. Commands print
-    it and exit with status 2. Any other exception is a bug of tetdist and keeps its traceback.
+    it and exit with status 2, as for an OSError that names a file. Any other exception is a bug of
+    tetdist and keeps its traceback.
     """
 
 
@@ -81,12 +82,18 @@ class Stopped(Exception):
 
 
 def sentence(error: Exception) -> str:
-    """Return an error as a sentence; for a missing package, with the command that installs it."""
+    """Return an error as a sentence: of a missing package with the command that installs it, of the
+    operating system with its file."""
     if isinstance(error, ModuleNotFoundError) and error.name:
         package = error.name.partition(".")[0]
         extra = _EXTRAS.get(package, "train,cuda130")
         return f"the package {package} is not installed; {pip_install(extra)}"
-    return printable(without_passwords(str(error)))
+    text = str(error)
+    if isinstance(error, OSError) and error.filename is not None:
+        text = (
+            f"{error.filename} cannot be used ({error.strerror}); correct this path, or its place"
+        )
+    return printable(without_passwords(text))
 
 
 def printable(text: str) -> str:
