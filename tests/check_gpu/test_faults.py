@@ -200,29 +200,32 @@ def test_a_synchronisation_is_refused(monkeypatch):
 
 
 def test_resume_sees_one_weight_that_differs(here, monkeypatch):
-    """The runs are replaced: straight, stopped, and resumed."""
-    ends = {"straight": torch.ones(2), "stopped": torch.ones(2)}
+    """The runs are replaced: straight and resumed, without and with a GPU's decoder."""
+    ends, other = [], torch.tensor([1, 1 + 2**-23])
 
     def run(command, timeout, **_):
-        name, steps = (one.partition("=")[2] for one in command[-2:])
+        name, decoder, resume = (one.partition("=")[2] for one in command[-3:])
         if timeout < 0:
             raise subprocess.TimeoutExpired(command, timeout)
-        (here.folder / f"resume/runs/{name}/checkpoints/step-{steps}").mkdir(parents=True)
+        ends.append(resumed[decoder] if resume == "must" else torch.ones(2))
+        (here.folder / f"resume/runs/{name}/checkpoints/step-6").mkdir(parents=True)
         return types.SimpleNamespace(returncode=0)
 
-    def load(folder):
-        return {"a": torch.ones(2), "b": ends[folder.parents[1].name]}, None
+    def load(_folder):
+        return {"a": torch.ones(2), "b": ends[-1]}, None
 
+    monkeypatch.setattr(Machine, "on_gpu", True)
     monkeypatch.setattr(runs, "prepare", lambda root: root.mkdir() or {"data": {}})
     monkeypatch.setattr(runs, "index_splits", lambda _: None)
     monkeypatch.setattr(runs.subprocess, "run", run)
     monkeypatch.setattr(runs, "load_model_file", load)
     for changed, limit, status, said in (
-        (torch.ones(2), 280.0, "ok", "bitwise identical"),
-        (torch.tensor([1, 1 + 2**-23]), 280.0, "bad", "other weights than a straight one"),
-        (torch.ones(2), -1.0, "bad", "the run 'straight' did not reach step 6 in -1 s"),
+        ({}, 280.0, "ok", "bitwise identical"),
+        ({"cpu": other}, 280.0, "bad", "step 3 with data.device=cpu ended with other weights"),
+        ({"gpu": other}, 280.0, "bad", "step 3 with data.device=gpu ended with other weights"),
+        ({}, -1.0, "bad", "the run from step 0 with data.device=cpu did not end within -1 s"),
     ):
-        ends["stopped"] = changed
+        resumed = dict.fromkeys(runs.DEVICES, torch.ones(2)) | changed
         monkeypatch.setattr(runs, "TIMEOUT", limit)
         found = runs.check_resume(here)
         assert (found.status, said in found.text) == (status, True), found
@@ -243,22 +246,25 @@ def test_every_gpu_decodes_every_image(on_gpu, monkeypatch):
     """Of a hundred images in batches of 25 ranks 4 to 7 would get none, and nothing is not bad."""
     worlds = []
 
-    def loader(images):
-        def load(_config, _index, world):
+    def loader(name, images):
+        def load(_config, _index, world, **_):
             worlds.append((world.rank, world.world_size))
             return contextlib.nullcontext([types.SimpleNamespace(images=images * len(worlds))])
 
-        monkeypatch.setattr(runs, "eval_loader", load)
+        monkeypatch.setattr(runs, name, load)
 
     monkeypatch.setattr(runs, "prepare", lambda _: {"data": {"root": "none"}})
     monkeypatch.setattr(runs, "build_index", lambda *_, **__: (None, None))
     monkeypatch.setattr(runs, "parse", lambda *_: None)
-    for images, status in (
-        (torch.zeros(100, 3, 2, 2), "ok"),
-        (torch.zeros(0, 3, 2, 2), "bad"),
-        (torch.full((100, 3, 2, 2), 0.1), "bad"),
+    same = torch.zeros(100, 3, 2, 2)
+    for whole, edited, status in (
+        (same, same, "ok"),
+        (same[:0], same, "bad"),
+        (same + 0.1, same, "bad"),
+        (same, same + 0.1, "bad"),
     ):
-        loader(images)
+        loader("eval_loader", whole)
+        loader("train_loader", edited)
         assert runs.check_pixels(on_gpu).status == status
     assert set(worlds) == {(0, 1)}
 
