@@ -86,6 +86,35 @@ def test_files_of_the_page_train_on_two_processes_as_on_one_and_continue(
         assert "stem.neuron.learned.rise" in load_model_file(run)[0]
 
 
+def test_network_with_an_argument_layers_and_weights_of_five_dimensions_trains(
+    main, tiny_config, tmp_path
+):
+    text = FILES["my_plain.py"]
+    for old, new in (
+        (
+            "nn.Conv2d(3, 8, 3)",
+            "nn.Unflatten(1, (1, 3)), nn.Conv3d(1, layers, 3), nn.Flatten(2, 3)",
+        ),
+        (
+            "num_classes, timesteps):\n        super",
+            "num_classes, timesteps, layers):\n        super",
+        ),
+        ("def plain(pretrained=False, *, ", "def volume(pretrained=False, *, layers, "),
+        (
+            "**_):\n    return Plain(num_classes, timesteps",
+            "**_) -> Plain:\n    return Plain(num_classes, timesteps, layers",
+        ),
+    ):
+        assert old in text
+        text = text.replace(old, new)
+    (tmp_path / "volume.py").write_text(text)
+    file = tiny_config({"imports": ["volume.py"], "model": {"name": "volume"}, "max_steps": 1})
+    refused(main(file), "missing 1 required keyword-only argument: 'layers'")
+    refused(main(file, "model.arguments.lairs=8"), "volume has no such argument; did you mean lay")
+    expect(main(file, "model.arguments.layers=8"))
+    assert load_model_file(tmp_path / "runs/tiny")[0]["layers.1.weight"].ndim == 5
+
+
 def test_network_of_spikingjelly_on_the_page_trains(main, write):
     expect(main(write("my_spikingjelly.py"), "max_steps=1"))
 

@@ -11,6 +11,7 @@ fp64    everything in float64: slow, but without rounding that flips spikes, so 
 """
 
 import contextlib
+import itertools
 import os
 from typing import Any
 
@@ -66,7 +67,15 @@ def place(model: nn.Module, device: torch.device, precision: str) -> None:
     """
     model.to(device, parameter_type(precision))
     if device.type == "cuda":
-        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # stub lacks it
+        lay_out(model, torch.channels_last)
+
+
+def lay_out(model: nn.Module, memory_format: torch.memory_format) -> None:
+    """Lay out tensors of four dimensions, such as 2D convolutions' weights; others have no channels
+    last."""
+    for tensor in itertools.chain(model.parameters(), model.buffers()):
+        if tensor.ndim == 4:
+            tensor.data = tensor.data.to(memory_format=memory_format)
 
 
 def wide_type(x: Tensor) -> torch.dtype:

@@ -15,7 +15,7 @@ from tetdist.config.schema import RunConfig
 from tetdist.datasets.index import Index
 from tetdist.errors import UserError
 from tetdist.network import make_model
-from tetdist.nn.precision import autocast, parameter_type
+from tetdist.nn.precision import autocast, lay_out, parameter_type
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +69,7 @@ def activation_bytes(config: RunConfig, index: Index, device: torch.device) -> i
     dtype = parameter_type(config.precision)
     with FakeTensorMode(), mock.patch.object(triton_kernels, "launch"), torch.enable_grad():
         model: Any = make_model(config, index).to(device, dtype).train()
-        model.to(memory_format=torch.channels_last)
+        lay_out(model, torch.channels_last)
         size, frames = config.data.image_size, index.frames(config.data)
         sample = (3, size, size) if frames is None else (model.timesteps, *frames[1:])
         images = torch.empty((config.batch.micro, *sample), device=device, dtype=dtype)

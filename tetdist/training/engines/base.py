@@ -21,7 +21,7 @@ from tetdist.config.schema import RunConfig
 from tetdist.config.sections.training import SegmentsSection
 from tetdist.distributed.overlap import Earlier, OverlappedMean, join
 from tetdist.distributed.world import World
-from tetdist.nn.precision import LOW_PRECISION
+from tetdist.nn.precision import LOW_PRECISION, lay_out
 
 
 class Update(NamedTuple):
@@ -137,10 +137,6 @@ class LossScale:
     def load_state_dict(self, state: dict[str, float]) -> None:
         self.value = float(state["value"])
         self.good_steps, self.overflows = int(state["good_steps"]), int(state["overflows"])
-
-
-def lay_out(model: nn.Module, memory_format: torch.memory_format) -> None:
-    model.to(memory_format=memory_format)  # type: ignore[call-overload]  # torch's stub lacks it
 
 
 class GradientMean:

@@ -14,13 +14,12 @@ from torch import Tensor, nn
 
 from tetdist.buffers import copy_to_host
 from tetdist.errors import UserError, pip_install
-from tetdist.nn.precision import LOW_PRECISION, autocast
+from tetdist.nn.precision import LOW_PRECISION, autocast, lay_out
 from tetdist.training.engines.base import (
     EngineParts,
     LossScale,
     Update,
     WholeEngine,
-    lay_out,
     set_lr,
 )
 
