@@ -169,23 +169,35 @@ void transpose(const W (&rows)[LANES][LANES], W (&columns)[LANES][LANES]) {
     std::memcpy(columns, all, sizeof all);
 }
 
-// Weights as [block of output channels][ky][kx][c][output channel of the block].
+// Weights as [block of output channels][ky][kx][c][output channel of the block]; some channels at a
+// time, which fit the first-level cache, so that what is written is contiguous.
 template <class W> void lay_out(const W* weight, W* laid, const Sizes& s, int threads) {
     const int64_t field = s.kernel * s.kernel, count = field * s.channels;
-    const int64_t tiles = (count + LANES - 1) / LANES;
-#pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t tile = 0; tile < s.blocks() * VECTORS * tiles; tile++) {
-        const int64_t out = tile / tiles * LANES, first = tile % tiles * LANES;
-        const int64_t used = std::clamp<int64_t>(s.out_channels - out, 0, LANES);
-        const int64_t last = std::min(count, first + LANES);
-        W rows[LANES][LANES] = {}, columns[LANES][LANES];
-        for (int64_t o = 0; o < used; o++)
-            std::copy(weight + (out + o) * count + first, weight + (out + o) * count + last, rows[o]);
-        transpose(rows, columns);
-        for (int64_t i = first; i < last; i++) {
-            const int64_t tap = i % field * s.channels + i / field;
-            std::memcpy(laid + (out / WIDTH * count + tap) * WIDTH + out % WIDTH,
-                        columns[i - first], sizeof columns[0]);
+    const int64_t parts = (s.channels + LANES - 1) / LANES;
+#pragma omp parallel num_threads(threads)
+    {
+        Aligned<W> turned(LANES * field * WIDTH);  // [c][ky][kx][output channel]
+#pragma omp for schedule(static)
+        for (int64_t task = 0; task < s.blocks() * parts; task++) {
+            const int64_t block = task / parts, first = task % parts * LANES;
+            const int64_t channels = std::min(LANES, s.channels - first);
+            for (int64_t tile = 0; tile < field * VECTORS; tile++) {
+                const int64_t out = tile % VECTORS * LANES, at = tile / VECTORS * LANES;
+                const int64_t used = std::min(LANES, channels * field - at);
+                W rows[LANES][LANES] = {}, columns[LANES][LANES];
+                for (int64_t o = 0; o < LANES && block * WIDTH + out + o < s.out_channels; o++) {
+                    const W* from = weight + (block * WIDTH + out + o) * count + first * field + at;
+                    std::copy(from, from + std::max<int64_t>(used, 0), rows[o]);
+                }
+                transpose(rows, columns);
+                for (int64_t i = 0; i < LANES; i++)
+                    std::memcpy(turned.data + (at + i) * WIDTH + out, columns[i],
+                                sizeof columns[i]);
+            }
+            for (int64_t tap = 0; tap < field; tap++)
+                for (int64_t c = 0; c < channels; c++)
+                    std::memcpy(laid + (block * count + tap * s.channels + first + c) * WIDTH,
+                                turned.data + (c * field + tap) * WIDTH, WIDTH * sizeof(W));
         }
     }
 }
