@@ -10,6 +10,7 @@ import threading
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 from kernel_runs import needs_compiler
 from torch import nn
 
@@ -20,13 +21,13 @@ from tetdist.nn.norm_neuron import NormNeuron
 from tetdist.nn.packed import AvgPool, Conv2d, MaxPool, is_marked, marked
 from tetdist.nn.precision import autocast
 
-FLOATS = frozenset({torch.float32, torch.bfloat16})
+TYPES = frozenset({torch.float32, torch.bfloat16, torch.int8})
 
 
 @pytest.fixture(autouse=True)
 def _forced(monkeypatch):
     needs_compiler(native_zeros.library())
-    monkeypatch.setattr(native_zeros, "_agreed", FLOATS)
+    monkeypatch.setattr(native_zeros, "_agreed", TYPES)
 
 
 @pytest.fixture
@@ -35,19 +36,18 @@ def calls(monkeypatch):
     flipped spike would change everything behind it."""
     calls = []
 
-    def convolve(x, conv, dtype, convolve=native_zeros.convolve):
-        calls.append(conv)
-        y = convolve(x, conv, dtype)
-        dense = nn.Conv2d.forward(copy.deepcopy(conv).to(dtype), x.to(dtype))
-        torch.testing.assert_close(
-            y, dense, rtol=2**-7 if dtype == torch.bfloat16 else 1e-5, atol=1e-5
-        )
+    def convolve(x, layer, dtype, convolve=native_zeros.convolve):
+        calls.append(layer)
+        y = convolve(x, layer, dtype)
+        weight, bias = (None if one is None else one.detach().to(dtype) for one in layer[1:3])
+        dense = F.conv2d(x.to(dtype), weight, bias, layer.stride, 1)
+        rtol = 2**-7 if dtype == torch.bfloat16 else 1e-5
+        torch.testing.assert_close(y, dense, rtol=rtol, atol=1e-5)
         return y
 
-    def weight_gradient(x, grad, conv, gradient=native_zeros.weight_gradient):
-        sizes = (conv.stride, conv.padding)
-        dense = torch.nn.grad.conv2d_weight(x.double(), conv.weight.shape, grad.double(), *sizes)
-        total = gradient(x, grad, conv)
+    def weight_gradient(x, grad, layer, gradient=native_zeros.weight_gradient):
+        total, shape = gradient(x, grad, layer), layer.weight.shape
+        dense = nn.grad.conv2d_weight(x.double(), shape, grad.double(), layer.stride, 1)
         assert (total - dense).norm() <= 1e-5 * dense.norm()
         return total
 
@@ -95,6 +95,10 @@ def random_case(seed):
     return conv, x
 
 
+def layer_of(conv):
+    return native_zeros.Layer(conv, conv.weight, conv.bias, conv.stride[0])
+
+
 @pytest.mark.usefixtures("_build")
 @pytest.mark.parametrize("seed", range(60))
 def test_values_and_gradients(seed, monkeypatch):
@@ -103,16 +107,20 @@ def test_values_and_gradients(seed, monkeypatch):
         monkeypatch.setattr(native_zeros, "POSITIONS", 1)  # image after image
     wide = copy.deepcopy(conv).double()
     right = wide(x.double()[None])[0]
-    y = native_zeros.convolve(x, conv, torch.float32)
+    y = native_zeros.convolve(x, layer_of(conv), torch.float32)
     assert y.is_contiguous(memory_format=torch.channels_last)
     torch.testing.assert_close(y.double(), right, rtol=1e-5, atol=1e-5)
     # bfloat16 weights are added up in float32.
     halves = copy.deepcopy(conv).bfloat16().double()(x.double()[None])[0]
-    y = native_zeros.convolve(x.to(torch.uint8), conv, torch.bfloat16)
+    y = native_zeros.convolve(x.to(torch.uint8), layer_of(conv), torch.bfloat16)
     torch.testing.assert_close(y.double(), halves, rtol=2**-8, atol=1e-5)
+    whole = torch.randint(-127, 128, conv.weight.shape).to(torch.int8)
+    layer = native_zeros.Layer(conv, whole, None, conv.stride[0])
+    sums = F.conv2d(x.double(), whole.double(), None, conv.stride, conv.padding)
+    assert torch.equal(native_zeros.convolve(x, layer, torch.int8), sums.int())
     grad = torch.randn(right.shape, generator=torch.Generator().manual_seed(seed))
     right.backward(grad.double())
-    gradient = native_zeros.weight_gradient(x.to(torch.uint8), grad, conv)
+    gradient = native_zeros.weight_gradient(x.to(torch.uint8), grad, layer_of(conv))
     torch.testing.assert_close(gradient.double(), wide.weight.grad, rtol=1e-4, atol=1e-4)
 
 
@@ -126,10 +134,10 @@ def test_no_bit_depends_on_batch_or_threads():
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            whole = native_zeros.convolve(x, conv, torch.float32)
-            each = [native_zeros.convolve(one[None], conv, torch.float32) for one in x]
+            whole = native_zeros.convolve(x, layer_of(conv), torch.float32)
+            each = [native_zeros.convolve(one[None], layer_of(conv), torch.float32) for one in x]
             assert torch.equal(torch.cat(each), whole)
-            results.append((whole, native_zeros.weight_gradient(x, grad, conv)))
+            results.append((whole, native_zeros.weight_gradient(x, grad, layer_of(conv))))
     finally:
         torch.set_num_threads(before)
     for result in results[1:]:
@@ -229,7 +237,7 @@ def test_other_inputs_and_layers_are_dense(calls, monkeypatch):
         conv(x)
     native_zeros.types_here.cache_clear()
     assert not calls
-    monkeypatch.setattr(native_zeros, "_agreed", FLOATS)
+    monkeypatch.setattr(native_zeros, "_agreed", TYPES)
     conv(x)
     conv(MaxPool(3, 2, 1)(x))
     conv(neuron(x, 2))
@@ -244,7 +252,7 @@ def test_other_inputs_and_layers_are_dense(calls, monkeypatch):
 def test_bfloat16_is_dense_where_the_processor_multiplies_it_fast(monkeypatch):
     monkeypatch.setattr(native_zeros, "_agreed", None)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
-    for flags, types in (("flags: avx512f", FLOATS), ("flags: amx_bf16", {torch.float32})):
+    for flags, types in (("flags: avx512f", TYPES), ("flags: amx_bf16", TYPES - {torch.bfloat16})):
         monkeypatch.setattr(build, "processor", lambda flags=flags: flags)
         native_zeros.types_here.cache_clear()
         assert native_zeros.types() == types

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from tetdist.nn.fast import dispatch, native_zeros
+from tetdist.nn.fast.native_zeros import Layer
 from tetdist.nn.fast.pooling import Pooling
 
 
@@ -137,16 +138,16 @@ class Conv2d(nn.Conv2d):
             with torch.autocast("cpu", enabled=False):
                 y = self._conv_forward(flat.float(), self.weight.float(), bias)
             return y.unflatten(0, x.shape[:2]).to(dtype)
-        skips = is_marked(x) and native_zeros.skips(self, flat, dtype)
+        layer = native_zeros.layer_for(self, flat, dtype) if is_marked(x) else None
         if not torch.is_grad_enabled():
-            y = native_zeros.convolve(flat.to(dtype), self, dtype) if skips else None
+            y = native_zeros.convolve(flat.to(dtype), layer, dtype) if layer is not None else None
             return (super().forward(flat) if y is None else y).unflatten(0, x.shape[:2])
-        if packed is None and skips:
+        if packed is None and layer is not None:
             packed = pack(x.detach())
         if packed is None:
             return super().forward(flat).unflatten(0, x.shape[:2])
         flat_packed = packed._replace(values=packed.values.flatten(0, 1))
-        y = _Convolution.apply(flat.to(dtype), self.weight, self.bias, flat_packed, self, skips)
+        y = _Convolution.apply(flat.to(dtype), self.weight, self.bias, flat_packed, self, layer)
         return y.unflatten(0, x.shape[:2])
 
 
@@ -168,13 +169,13 @@ class _Convolution(torch.autograd.Function):
         bias: Tensor | None,
         packed: Packed,
         conv: nn.Conv2d,
-        skips: bool,
+        layer: Layer | None,
     ) -> Tensor:
         weight = weight.to(x.dtype)
         ctx.save_for_backward(packed.values, weight)
-        ctx.levels, ctx.conv, ctx.skips = packed.levels, conv, skips
-        if skips:
-            y = native_zeros.convolve(packed.values, conv, x.dtype)
+        ctx.levels, ctx.conv, ctx.layer = packed.levels, conv, layer
+        if layer is not None:
+            y = native_zeros.convolve(packed.values, layer, x.dtype)
             assert y is not None
             return y
         bias = None if bias is None else bias.to(x.dtype)
@@ -187,7 +188,7 @@ class _Convolution(torch.autograd.Function):
         conv: nn.Conv2d = ctx.conv
         (grad,), needed = grad_outputs, ctx.needs_input_grad[:3]
         # In bfloat16 a weight gradient that skips gains nothing.
-        skips = ctx.skips and weight.dtype == torch.float32
+        skips = ctx.layer is not None and weight.dtype == torch.float32
         grad_x, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
             grad,
             # The input's gradient does not need the input.
@@ -205,7 +206,7 @@ class _Convolution(torch.autograd.Function):
             [needed[0], needed[1] and not skips, needed[2] and not skips],
         )
         if skips and needed[1]:
-            grad_weight = native_zeros.weight_gradient(values, grad, conv)
+            grad_weight = native_zeros.weight_gradient(values, grad, ctx.layer)
         if skips and needed[2]:
             # Asked for the bias's alone, torch would compute the weight's gradient, too.
             grad_bias = grad.sum((0, 2, 3))

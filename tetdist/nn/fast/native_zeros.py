@@ -22,7 +22,14 @@ from tetdist.nn.fast.native_library import at, fields
 # Positions listed at a time: 32 MB.
 POSITIONS = 2**24
 BLOCK = 64  # output channels that the kernel adds up together
-_TYPES = {torch.uint8: "uint8", torch.float32: "float32", torch.bfloat16: "bfloat16"}
+_TYPES = {
+    torch.uint8: "uint8",
+    torch.float32: "float32",
+    torch.bfloat16: "bfloat16",
+    torch.int8: "int8",
+}
+# The result's type, by that of the weights.
+_RESULTS = {torch.int8: torch.int32}
 
 
 class _Sizes(ctypes.Structure):
@@ -61,24 +68,32 @@ def types_here() -> frozenset[torch.dtype]:
     if torch.backends.cpu.get_cpu_capability() != "AVX512" or library() is None:
         return frozenset()
     has_amx = "amx_bf16" in build.processor().split()
-    return frozenset({torch.float32} if has_amx else {torch.float32, torch.bfloat16})
+    return frozenset({torch.float32, torch.int8} | (set() if has_amx else {torch.bfloat16}))
 
 
-def skips(conv: nn.Conv2d, x: Tensor, dtype: torch.dtype) -> bool:
-    """Return whether a convolution of spikes of 0 and 1 skips their zeros.
+class Layer(NamedTuple):
+    """A 3x3 convolution with zero padding of one pixel.
+
+    Attributes:
+        owner: The module that its weights, laid out, are kept for in streams.
+        weight: (C', C, 3, 3).
+        bias: (C',), or None.
+        stride: 1 or 2.
+    """
+
+    owner: nn.Module
+    weight: Tensor
+    bias: Tensor | None
+    stride: int
+
+
+def layer_for(conv: nn.Conv2d, x: Tensor, dtype: torch.dtype) -> Layer | None:
+    """Return a convolution of spikes of 0 and 1 as one that skips their zeros; None if it does not.
 
     float32 breaks even where half of the inputs are spikes. bfloat16 breaks even at a third, and
     its gradients gain nothing, so it skips in evaluation alone.
     """
-    if x.device.type != "cpu" or dtype not in types():
-        return False
-    fits = x.shape[1] * x.shape[3] < 2**16  # positions are of 16 bits
-    return fits and _suits(conv) and (dtype == torch.float32 or not conv.training)
-
-
-def _suits(conv: nn.Conv2d) -> bool:
-    """Return whether it is a 3x3 convolution; of 1x1, only those of many channels would pay."""
-    return (
+    is_known = (
         conv.kernel_size == (3, 3)
         and conv.stride in ((1, 1), (2, 2))
         and conv.padding == (1, 1)
@@ -86,6 +101,15 @@ def _suits(conv: nn.Conv2d) -> bool:
         and conv.groups == 1
         and conv.padding_mode == "zeros"
     )
+    if not (is_known and serves(x, dtype)) or (dtype != torch.float32 and conv.training):
+        return None
+    return Layer(conv, conv.weight, conv.bias, int(conv.stride[0]))
+
+
+def serves(x: Tensor, dtype: torch.dtype) -> bool:
+    """Return whether the kernels convolve spikes (N, C, H, W) with weights of a type here."""
+    is_narrow = x.shape[1] * x.shape[3] < 2**16  # positions in a row are of 16 bits
+    return x.device.type == "cpu" and is_narrow and dtype in types()
 
 
 # --- the kernels --------------------------------------------------------------------------------
@@ -99,62 +123,65 @@ class Spikes(NamedTuple):
     sizes: _Sizes
 
 
-def convolve(x: Tensor, conv: nn.Conv2d, dtype: torch.dtype) -> Tensor | None:
-    """Return the convolution of (N, C, H, W) in a type; None if a value is neither 0 nor 1.
+def convolve(x: Tensor, layer: Layer, dtype: torch.dtype) -> Tensor | None:
+    """Return the convolution of (N, C, H, W); None if a value is neither 0 nor 1.
 
     Args:
         x: Spikes as numbers, or in bytes.
+        dtype: Type of the weights that are added up, and of the result; int8: int32.
     """
-    laid = _laid_out(conv, dtype)
-    bias = None if conv.bias is None else conv.bias.to(dtype)
+    result = _RESULTS.get(dtype, dtype)
+    laid = _laid_out(layer, dtype)
+    bias = None if layer.bias is None else layer.bias.detach().to(result)
     forward, outputs = getattr(library(), f"forward_{_TYPES[dtype]}"), []
-    for _, spikes in _parts(x, conv):
+    for _, spikes in _parts(x, layer):
         if spikes is None:
             return None
         sizes = spikes.sizes
         shape = sizes.images, sizes.out_height, sizes.out_width, sizes.out_channels
-        outputs.append(torch.empty(shape, dtype=dtype))
+        outputs.append(torch.empty(shape, dtype=result))
         pointers = map(at, (spikes.positions, spikes.starts, laid, bias, outputs[-1]))
         forward(*pointers, byref(sizes), torch.get_num_threads())
     out = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
     return out.permute(0, 3, 1, 2)
 
 
-def weight_gradient(x: Tensor, grad: Tensor, conv: nn.Conv2d) -> Tensor:
+def weight_gradient(x: Tensor, grad: Tensor, layer: Layer) -> Tensor:
     """Return the weight's gradient from the output's, (N, C', H', W'), float32."""
-    kernels, total = library(), torch.zeros(conv.weight.shape)
+    kernels, total = library(), torch.zeros(layer.weight.shape)
     assert kernels is not None
     rows = grad.permute(0, 2, 3, 1).contiguous()
-    for images, spikes in _parts(x, conv):
+    for images, spikes in _parts(x, layer):
         assert spikes is not None
         pointers = map(at, (spikes.positions, spikes.starts, rows[images], total))
         kernels.weight_gradient(*pointers, byref(spikes.sizes), torch.get_num_threads())
     return total
 
 
-def _parts(x: Tensor, conv: nn.Conv2d) -> Iterator[tuple[slice, Spikes | None]]:
+def _parts(x: Tensor, layer: Layer) -> Iterator[tuple[slice, Spikes | None]]:
     """Find the spikes of a part of the images after another; None: a value is not 0 or 1."""
     rows = x.permute(0, 2, 3, 1).contiguous()
     images, height, width, channels = rows.shape
-    kernel, stride, padding = conv.kernel_size[0], conv.stride[0], int(conv.padding[0])
-    out_sides = [(side + 2 * padding - kernel) // stride + 1 for side in (height, width)]
+    kernel = layer.weight.shape[-1]
+    padding = kernel // 2
+    out_sides = [(side + 2 * padding - kernel) // layer.stride + 1 for side in (height, width)]
     room = width * channels + 32  # as in zeros.cpp
     step = max(1, POSITIONS // (height * room))
     find = getattr(library(), f"find_{_TYPES[x.dtype]}")
     for first in range(0, images, step):
         part = rows[first : first + step]
-        layer = (*out_sides, conv.out_channels, kernel, stride, padding)
-        sizes = _Sizes(len(part), height, width, channels, *layer)
+        sides = (*out_sides, len(layer.weight), kernel, layer.stride, padding)
+        sizes = _Sizes(len(part), height, width, channels, *sides)
         positions = torch.empty(len(part) * height * room, dtype=torch.int16)
         starts = torch.empty(len(part) * height * (width + 1), dtype=torch.int32)
         pointers = map(at, (part, positions, starts))
         are_spikes = find(*pointers, byref(sizes), torch.get_num_threads())
-        found = Spikes(positions, starts, sizes) if are_spikes else None
-        yield slice(first, first + step), found
+        spikes = Spikes(positions, starts, sizes) if are_spikes else None
+        yield slice(first, first + step), spikes
 
 
 # Laid-out weights of convolutions in streams, with their place, version and type.
-_kept: WeakKeyDictionary[nn.Conv2d, tuple[tuple[object, ...], Tensor]] = WeakKeyDictionary()
+_kept: WeakKeyDictionary[nn.Module, tuple[tuple[object, ...], Tensor]] = WeakKeyDictionary()
 _thread = threading.local()
 
 
@@ -169,11 +196,11 @@ def keeping_weights() -> Iterator[None]:
         _thread.keeps = before
 
 
-def _laid_out(conv: nn.Conv2d, dtype: torch.dtype) -> Tensor:
-    weight = conv.weight
+def _laid_out(layer: Layer, dtype: torch.dtype) -> Tensor:
+    weight = layer.weight
     keeps = getattr(_thread, "keeps", False) and not weight.is_inference()
     key = (weight.data_ptr(), weight._version, dtype) if keeps else ()
-    if keeps and (entry := _kept.get(conv)) is not None and entry[0] == key:
+    if keeps and (entry := _kept.get(layer.owner)) is not None and entry[0] == key:
         return entry[1]
     dense = weight.detach().to(dtype).contiguous()
     laid = dense.new_empty(-(-len(dense) // BLOCK) * BLOCK * dense[0].numel())
@@ -181,7 +208,7 @@ def _laid_out(conv: nn.Conv2d, dtype: torch.dtype) -> Tensor:
     lay_out = getattr(library(), f"lay_out_{_TYPES[dtype]}")
     lay_out(at(dense), at(laid), byref(sizes), torch.get_num_threads())
     if keeps:
-        _kept[conv] = key, laid
+        _kept[layer.owner] = key, laid
     return laid
 
 
@@ -192,7 +219,7 @@ def library() -> ctypes.CDLL | None:
     if loaded is None:
         return None
     sizes = POINTER(_Sizes)
-    for name in _TYPES.values():
+    for name in ("uint8", "float32", "bfloat16"):
         find = getattr(loaded, f"find_{name}")
         find.restype, find.argtypes = c_bool, (*[c_void_p] * 3, sizes, c_int)
     for name in ("float32", "bfloat16", "int8"):
