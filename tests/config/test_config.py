@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -239,6 +240,16 @@ def test_no_such_config(tmp_path):
         load(str(tmp_path / "confg.yaml"))
     with pytest.raises(UserError, match=r"'zzz'.*in configs/; `tetdist list` lists those"):
         load("zzz")
+    os.mkfifo(tmp_path / "pipe.yaml")
+    (tmp_path / "link.yaml").symlink_to("nowhere")
+    for name in ("pipe.yaml", "link.yaml"):
+        with pytest.raises(UserError, match="a pipe or a link to nothing, and must be a regular"):
+            load(str(tmp_path / name))
+
+
+IS_LARGE = "more than 200,000 characters, 20,000 values .* or 50 levels; make it smaller"
+# 10 to the power of 9 values.
+BOMB = "a0: &a0 [1]\n", *(f"a{n}: &a{n} [{9 * f'*a{n - 1}, '}*a{n - 1}]\n" for n in range(1, 10))
 
 
 @pytest.mark.parametrize(
@@ -250,7 +261,14 @@ def test_no_such_config(tmp_path):
         ("", "keys and values, but is empty"),
         ("seed: 1\nloss:\n  kind: tet\n  kind: sdt\n", "'kind' appears twice, in lines 3 and 4"),
         (b"\xff\xfe\x00name: x", "not valid YAML"),
-        ("a: &x [*x]", "not valid YAML"),
+        ("a: &x [*x]", IS_LARGE),
+        ("".join(BOMB), IS_LARGE),
+        (f"a: {99 * '['}{99 * ']'}", IS_LARGE),
+        (f"a: {999 * '{b: '}1{999 * '}'}", IS_LARGE),
+        (f"a: '{200_000 * ' '}'", IS_LARGE),
+        ("".join(f"k{number}: 1\n" for number in range(99)), "k45: (?!.*k46: )"),
+        ("seed: 010", "odd.yaml: 010 is 8 in YAML; write a decimal number without a leading 0"),
+        ("seed: -0x10", "odd.yaml: -0x10 is -16 in YAML; write a decimal number"),
         ("name: x\nbatch.micro: 16\n", "in a file write `batch: {micro: 16}`; dotted keys"),
         ("a: !!set {b, c}", "not valid YAML"),
     ],

@@ -127,3 +127,10 @@ def test_a_base_that_cannot_be_one(tmp_path, text, part):
     with pytest.raises(UserError) as caught:
         load(written(tmp_path / "odd.yaml", text))
     assert part in str(caught.value)
+
+
+def test_a_chain_of_bases_ends(tmp_path):
+    for number in range(99):
+        written(tmp_path / f"{number}.yaml", f"base: {number + 1}.yaml\n")
+    with pytest.raises(UserError, match=r"0\.yaml inherits by 'base' from more than 50 files"):
+        load(str(tmp_path / "0.yaml"))

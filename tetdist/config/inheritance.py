@@ -7,7 +7,7 @@ from typing import Any
 import yaml
 
 from tetdist.config.overrides import flatten, over
-from tetdist.config.yaml_files import read_yaml
+from tetdist.config.yaml_files import MOST_LEVELS, read_yaml
 from tetdist.errors import UserError
 
 COMMAND_LINE, DEFAULT = "command line", "default"
@@ -29,6 +29,8 @@ def read_layers(
     if path.resolve() in above:
         names = " <- ".join(file.name for file in (*above, path))
         raise UserError(f"{path}: 'base' leads back to this file ({names}); remove one 'base'")
+    if len(above) > MOST_LEVELS:
+        raise UserError(f"{above[0]} inherits by 'base' from more than {MOST_LEVELS} files")
     values = read_yaml(path)
     base = values.pop("base", None)
     # Imported files are beside the configuration.

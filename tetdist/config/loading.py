@@ -148,6 +148,8 @@ def find(name: str, folder: Path = Path(), source: str = "") -> Path:
     known |= {path.stem: str(path) for path in (folder / name).parent.glob("*.yaml")}
     those = f"`{typed('list')}` lists those"
     hint = meant(Path(name.removeprefix(TETDIST)).stem, known, those, known)
+    if os.path.lexists(folder / name):
+        hint = "it is a folder, a pipe or a link to nothing, and must be a regular file"
     if (folder / name / "config.yaml").is_file():
         hint = f"did you mean {name}/config.yaml?"
     raise UserError(f"{source}no configuration {name!r}, neither as a file nor in configs/; {hint}")

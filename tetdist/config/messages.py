@@ -78,7 +78,8 @@ def refusing(
     try:
         yield
     except pydantic.ValidationError as error:
-        mistakes = [_mistake(section, details, place) for details in error.errors()]
+        few = error.errors()[:50]  # suggestions for ten thousand unknown keys take minutes
+        mistakes = [_mistake(section, details, place) for details in few]
     except WrongValue as error:
         mistakes = [WrongValue(".".join([*place, error.key]), error.text)]
     else:

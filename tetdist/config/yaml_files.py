@@ -10,6 +10,9 @@ import yaml
 from tetdist.errors import UserError
 from tetdist.storage.files import open_file
 
+# Of one file or override. Reading as much takes some seconds.
+MOST_CHARACTERS, MOST_VALUES, MOST_LEVELS = 200_000, 20_000, 50
+
 
 def read_yaml(path: Path) -> dict[str, Any]:
     """Read the keys and values of a YAML file.
@@ -19,7 +22,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         OSError: The file cannot be read.
     """
     with open_file(path) as file:
-        raw = _plain(file.read(), str(path))
+        raw = _plain(file.read(MOST_CHARACTERS + 1), str(path))
     if not isinstance(raw, dict):
         kind = "but is empty" if raw is None else f"not a {type(raw).__name__}"
         raise UserError(f"{path} must hold keys and values, {kind}")
@@ -33,6 +36,8 @@ def read_value(text: str, source: str) -> Any:
 
 def _plain(stream: bytes | str, source: str) -> Any:
     try:
+        if len(stream) > MOST_CHARACTERS:
+            raise OverflowError
         loader = _Loader(stream if isinstance(stream, str) else stream.decode())
         loader.name = source  # which YAML's own errors name, too
         value = loader.get_single_data()
@@ -41,6 +46,11 @@ def _plain(stream: bytes | str, source: str) -> Any:
         return json.loads(json.dumps(value, ensure_ascii=False).encode())
     except UserError:
         raise
+    except (OverflowError, RecursionError) as error:
+        raise UserError(
+            f"{source} has more than {MOST_CHARACTERS:,} characters, {MOST_VALUES:,} values (an "
+            f"alias counts as what it stands for) or {MOST_LEVELS} levels; make it smaller"
+        ) from error
     except yaml.MarkedYAMLError as error:
         mark = error.context_mark or error.problem_mark  # the first of both
         text = f"line {mark.line + 1 if mark else 0}: {error.problem}"
@@ -70,13 +80,34 @@ class _Loader(yaml.SafeLoader):
             lines[key.value] = line
         return node
 
+    def construct_document(self, node: yaml.Node) -> Any:
+        """Construct what is not too large: a few aliases of aliases stand for a billion values."""
+        left, number = [(node, 0)], 0
+        while left:
+            part, level = left.pop()
+            number += 1
+            if number > MOST_VALUES or level > MOST_LEVELS:
+                raise OverflowError
+            if isinstance(part, yaml.MappingNode):
+                left += [(value, level + 1) for pair in part.value for value in pair]
+            elif isinstance(part, yaml.SequenceNode):
+                left += [(value, level + 1) for value in part.value]
+        return super().construct_document(node)
+
 
 def _plain_scalar(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> str | int | float:
-    """Construct a number; dates and 1:30, in YAML 1.1 a number of base 60, are text."""
+    """Construct a decimal number; dates and 1:30, in YAML 1.1 a number of base 60, are text."""
     if ":" in node.value or node.tag.endswith("timestamp"):
         return str(node.value)
-    is_int = node.tag == "tag:yaml.org,2002:int"
-    return loader.construct_yaml_int(node) if is_int else loader.construct_yaml_float(node)
+    if node.tag != "tag:yaml.org,2002:int":
+        return loader.construct_yaml_float(node)
+    number = loader.construct_yaml_int(node)
+    if re.match(r"[-+]?0.", node.value):
+        raise UserError(
+            f"{node.start_mark.name}: {node.value} is {number} in YAML; write a decimal number "
+            "without a leading 0, or put quotes around text"
+        )
+    return number
 
 
 for _tag in ("int", "float", "timestamp"):
