@@ -167,6 +167,7 @@ def test_arrays_may_say_their_sensor_and_be_one_table(tmp_path):
     for name, values in arrays.items():
         table[name] = values
     check(read(tmp_path, "2.npz", npz(events=table), Sensor(34, 34)), MADE, (34, 34))
+    check(read(tmp_path, "3.npz", npz(events=table, width=40, height=50)), MADE, (40, 50))
     check(read(tmp_path, "2.h5", hdf5(events=table), Sensor(34, 34)), MADE, (34, 34))
 
 

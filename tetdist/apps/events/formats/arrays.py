@@ -14,9 +14,9 @@ _FIELDS = ("x", "y", "t", "p")
 def decode_npz(contents: Contents, sensor: Sensor | None) -> Events:
     with np.load(io.BytesIO(contents.rest()), allow_pickle=False) as archive:
         arrays = {name: archive[name] for name in archive.files}
-    if len(arrays) == 1 and next(iter(arrays.values())).dtype.names:
-        (table,) = arrays.values()
-        arrays = {name: table[name] for name in table.dtype.names}
+    tables = [values for values in arrays.values() if values.dtype.names]
+    if len(tables) == 1:
+        arrays |= {name: tables[0][name] for name in tables[0].dtype.names}
     return _from_arrays(arrays, arrays, sensor)
 
 
