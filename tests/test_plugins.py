@@ -183,11 +183,14 @@ def test_import_on_the_command_line(main, tiny_config, tmp_path, capfd):
     missing = main(file, "loss.kind=late")
     refused(missing, "loss.kind=late: there is no loss 'late'; ", "--import FILE.py")
     expect(main(file, "loss.kind=late", "--import", str(tmp_path / "my_loss.py")))
-    gain = "    gain: float = neurons.option(1.0, 'Gain.', gt=0)\n\n    def parameters"
-    own = tmp_path / "my_neuron.py"
-    own.write_text(FILES["my_neuron.py"].replace("    def parameters", gain))
-    assert train.main(["--import", str(own), "--explain", "model.neuron.gain"]) == 0
-    assert "[number > 0; default 1.0] (kind=alif only) Gain." in capfd.readouterr().out
+    own, importing = tmp_path / "my_neuron.py", tmp_path / "importing.yaml"
+    importing.write_text("imports: [my_neuron.py]\n")
+    for help_text, flags in (("Gain.", ["--import", own]), ("More.", ["--config", importing])):
+        gain = f"    gain: float = neurons.option(1.0, '{help_text}', gt=0)\n\n    def parameters"
+        own.write_text(FILES["my_neuron.py"].replace("    def parameters", gain))
+        assert train.main([*map(str, flags), "--explain", "model.neuron.gain"]) == 0
+        explained = f"[number > 0; default 1.0] (kind=alif only) {help_text}"
+        assert explained in capfd.readouterr().out
 
 
 def test_a_checkpoint_asks_for_its_files_and_imports_none(main, write, tmp_path, capfd):

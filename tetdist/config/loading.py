@@ -201,6 +201,12 @@ def draft(name: str, overrides: Sequence[str] = (), imports: Sequence[str | Path
     return Draft(config, str(path), overrides, origins)
 
 
+def imports_in(name: str) -> list[str]:
+    """Return the files that a configuration imports, given its file or name in configs/."""
+    path = find(name)
+    return imports_of(read_layers(path, find)[0], path)
+
+
 def data_command(file: str | Path) -> str:
     """Return the commands of a recipe's header that make its data, as one; "" without them."""
     entry = re.search(r"^# data  +(.*\n(?:#   .*\n)*)", Path(file).read_text(), re.MULTILINE)

@@ -107,7 +107,8 @@ def read_config(options: argparse.Namespace) -> schema.RunConfig | None:
     from tetdist.datasets.index import check_indexed
 
     if options.explain:
-        import_files(options.imports)
+        files = [file for name in options.config or () for file in loading.imports_in(name)]
+        import_files([*files, *options.imports])
         inherits = "Configuration file or recipe from which a file inherits the keys that it omits."
         known = {"base": Documented("text", "default: none", inherits)} | documented_keys()
         chosen = set[str]()
