@@ -3,6 +3,7 @@
 import os
 import shutil
 import tempfile
+from ctypes import CDLL
 
 import pytest
 from kernel_runs import needs_compiler
@@ -62,8 +63,35 @@ def test_a_library_is_built_once_while_it_is_whole_and_ours(folders, monkeypatch
     cache.chmod(0o777)
     warning, last = load()
     assert warning == (
-        f"{cache} is writable by other users, so kernels are not loaded from it but compiled at "
-        f"every start; its owner can fix that with `chmod go-w {cache}`"
+        f"{cache} can be changed by other users, so kernels are not loaded from it but compiled at "
+        f"every start; set XDG_CACHE_HOME to a folder of your own, or run `chmod go-w {cache}`, "
+        "if it is yours"
     )
     assert last.startswith(f"compiling kernels/one.cpp, once (into {passing}/tetdist-kernels-")
     assert list(passing.iterdir()) == []
+
+
+def test_a_link_that_another_user_exchanges_leads_to_no_other_code(folders, monkeypatch, caplog):
+    own, _ = folders
+    assert build.load_library("one").one() == 1
+    (library,) = own.iterdir()
+    planted, link, load = own.with_name("planted"), own.with_name("link") / "tetdist", CDLL
+    planted.mkdir()
+    (planted / "two.cpp").write_text('extern "C" int one() { return 2; }')
+    build._run("g++", "-shared", str(planted / "two.cpp"), "-o", str(planted / library.name))
+    link.parent.mkdir()
+    link.symlink_to(own)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(link.parent))
+
+    def exchange_and_load(path):
+        link.unlink()
+        link.symlink_to(planted)
+        return load(path)
+
+    with monkeypatch.context() as patch:  # after the check of the library
+        patch.setattr(build.ctypes, "CDLL", exchange_and_load)
+        assert build.load_library("one").one() == 1
+    planted.chmod(0o777)
+    monkeypatch.setattr(build, "own_cache", lambda: link)  # after its check of the folder
+    assert build.load_library("one").one() == 1
+    assert f"{link} can be changed by other users" in caplog.text

@@ -54,3 +54,7 @@ def test_a_folder_of_others_or_without_execution_is_not_used(folder, tmp_path, m
     folder.chmod(0o777)
     keep_kernels_here()
     assert "TRITON_CACHE_DIR" not in os.environ
+    # Another user exchanges a link for a folder after the first check.
+    monkeypatch.setattr(triton_kernels, "make_private", lambda _: None)
+    keep_kernels_here()
+    assert "TRITON_CACHE_DIR" not in os.environ

@@ -67,7 +67,7 @@ def _built(source: Path, variant: tuple[str, ...], folder: Path) -> Path:
     prefix += f"-{_digest(*compiler, _run(*compiler, '--version'))}"
     if (library := _whole_one(folder, f"{prefix}-*.so")) is not None:
         return library
-    logger.info("compiling kernels/%s, once (into %s)", source.name, folder)
+    logger.info("compiling kernels/%s, once (into %s)", source.name, folder.resolve())
     _remove_leftovers(folder)
     with tempfile.TemporaryDirectory(prefix=_ASIDE, dir=folder) as aside:
         objects, built = Path(aside) / "kernels.o", Path(aside) / "kernels.so"
@@ -89,11 +89,11 @@ def _whole_one(folder: Path, pattern: str) -> Path | None:
         try:
             facts = library.lstat()
             if not (stat.S_ISREG(facts.st_mode) and is_ours_alone(facts)):
-                logger.warning("%s is writable by other users and is rebuilt", library)
+                logger.warning("%s is writable by other users and is rebuilt", library.resolve())
             elif library.stem.endswith(f"-{_digest(library.read_bytes())}"):
                 return library
             else:
-                logger.warning("%s is damaged and is rebuilt", library)
+                logger.warning("%s is damaged and is rebuilt", library.resolve())
             library.unlink(missing_ok=True)
         except OSError:
             continue
@@ -116,11 +116,21 @@ def _run(*command: str) -> str:
 def _cache() -> Iterator[Path]:
     """Yield this user's cache folder, whose files are loaded as code.
 
+    The path is that of the opened folder: another user may own a link on the way to it, and lead
+    that elsewhere after the check.
+
     Raises:
         OSError: There is no folder that only this user can write to.
     """
     try:
-        yield own_cache()
+        folder = own_cache()
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            if not is_ours_alone(os.fstat(descriptor)):
+                raise OthersMayWrite(folder)
+            yield Path(f"/proc/{os.getpid()}/fd/{descriptor}")
+        finally:
+            os.close(descriptor)
     except OthersMayWrite as error:
         _warn_of(error.folder)
         raise
@@ -129,8 +139,8 @@ def _cache() -> Iterator[Path]:
 @functools.cache  # once for all libraries
 def _warn_of(folder: Path) -> None:
     logger.warning(
-        "%s is writable by other users, so kernels are not loaded from it but compiled at every "
-        "start; its owner can fix that with `chmod go-w %s`",
+        "%s can be changed by other users, so kernels are not loaded from it but compiled at every "
+        "start; set XDG_CACHE_HOME to a folder of your own, or run `chmod go-w %s`, if it is yours",
         *(folder, shlex.quote(str(folder))),
     )
 

@@ -35,7 +35,7 @@ from tetdist.nn.fast.kernels import pool as pooling
 from tetdist.nn.fast.pooling import Pooled, Pooling, Sizes, rows_of_images
 from tetdist.nn.neurons import LIF, NeuronConfig
 from tetdist.nn.precision import wide_type
-from tetdist.storage.files import make_private
+from tetdist.storage.files import is_ours_alone, make_private
 
 Argument = Tensor | int | None
 # The oldest Triton, by family: 3.2 lacks tuples in kernels, and 3.3 cannot compile the products of
@@ -602,7 +602,7 @@ def keep_kernels_here() -> None:
     with contextlib.suppress(OSError):
         make_private(folder)
         # Another user could redirect a link to code of theirs; noexec disks cannot hold libraries.
-        if not folder.is_symlink() and not os.statvfs(folder).f_flag & os.ST_NOEXEC:
+        if is_ours_alone(folder.lstat()) and not os.statvfs(folder).f_flag & os.ST_NOEXEC:
             os.environ.setdefault("TRITON_CACHE_DIR", str(folder / "triton"))
 
 
