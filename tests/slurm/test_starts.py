@@ -9,6 +9,7 @@ import signal
 import subprocess
 import time
 from concurrent.futures import ThreadPoolExecutor
+from unittest.mock import Mock
 
 import pytest
 import tiny
@@ -213,6 +214,27 @@ def test_failure_is_written_by_rank_0_alone(rank, error, status, event, start, m
     errors = capsys.readouterr().err
     assert (f"{prefix}error: {error}" in errors) == isinstance(error, UserError | PeerFailed)
     assert ("Traceback" in errors) == isinstance(error, RuntimeError)
+
+
+@pytest.mark.parametrize("log", ["elsewhere", "full"])
+def test_full_disk_is_said_before_anything_is_written(log, start, monkeypatch, capsys):
+    this, error = start(), UserError("the disk is full")
+
+    def fail():
+        (this.run_dir / "slurm" / "history.jsonl").symlink_to("/dev/full")
+        this.log.rmdir()
+        this._record_failure(error)
+        raise error
+
+    monkeypatch.setattr(this, "_train", fail)
+    if log == "full":
+        monkeypatch.setattr(job.sys, "stderr", Mock(**{"write.side_effect": OSError}))
+    assert this.run() == 2
+    if log == "elsewhere":
+        recorded, said, *others = capsys.readouterr().err.splitlines()
+        assert said == "error: the disk is full"
+        assert recorded.startswith("not recorded: [Errno 2] ")
+        assert others[-1] == "not recorded: [Errno 28] No space left on device"
 
 
 def test_first_failure_is_kept_and_shown(start, capsys):

@@ -1,9 +1,11 @@
 """metrics.jsonl keeps everything, and MLflow ends up with the same, whatever happens between."""
 
+import errno
 import itertools
 import json
 import logging
 import math
+import os
 import re
 import resource
 import secrets
@@ -15,6 +17,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import tiny
@@ -211,6 +214,17 @@ def test_lines_from_the_end_are_those_from_the_beginning(block, torn, tmp_path, 
     assert next(found)["kind"] == "val"
     with pytest.raises(UserError, match=r"metrics\.jsonl: line 2 is damaged"):
         next(found)
+
+
+def test_a_file_that_becomes_read_only_is_reported(untracked, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    tracker = untracked()
+    monkeypatch.setattr(tracker, "_file", Mock(closed=False, write=refuse))
+    monkeypatch.setattr(os, "ftruncate", refuse)
+    with pytest.raises(UserError, match=r"metrics\.jsonl: Read-only file system; get permission"):
+        tracker.log("train", 1, {"loss": 1.0})
 
 
 def test_a_full_disk_is_reported_and_leaves_whole_lines(untracked, tmp_path):

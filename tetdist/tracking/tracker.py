@@ -10,10 +10,11 @@ import json
 import os
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from tetdist.errors import UserError, pip_install, without_passwords
+from tetdist.errors import UserError, pip_install, way_out, without_passwords
 from tetdist.tracking.metrics_file import keep_until, strict
 from tetdist.tracking.mlflow_logger import Destination, MLflow
 from tetdist.tracking.trackers import TRACKERS, Status, TrackedRun, TrackerThread
@@ -75,7 +76,7 @@ class Tracker:
             values: Numbers, text, None, lists of numbers and dicts of numbers, by name.
 
         Raises:
-            UserError: The line cannot be written (disk full); the file is left as it was.
+            UserError: The line cannot be written (disk full); the file keeps whole lines.
         """
         assert not self._file.closed, "log() after close()"
         assert kind.isidentifier(), kind
@@ -91,8 +92,11 @@ class Tracker:
             while written < len(raw):
                 written += self._file.write(raw[written:])
         except OSError as error:
-            os.ftruncate(self._file.fileno(), self._size)
-            raise UserError(f"cannot write {self.path}: {error.strerror}") from error
+            with suppress(OSError):  # it may have become read-only
+                os.ftruncate(self._file.fileno(), self._size)
+            raise UserError(
+                f"cannot write {self.path}: {error.strerror}; {way_out(error)}"
+            ) from error
         self._size += len(raw)
         self.begin()
         self._last[kind] = step

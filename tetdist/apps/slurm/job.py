@@ -5,6 +5,7 @@ by the job itself or an administrator, or a start after a preemption or a node's
 resumes at the newest complete checkpoint.
 """
 
+import contextlib
 import logging
 import os
 import signal
@@ -12,6 +13,7 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -90,8 +92,8 @@ class Start:
         try:
             status = self._train()
         except MISTAKES as error:
-            self._write_failure(error)
             self._print(f"error: {sentence(error)}")
+            self._write_failure(error)
             return self._fail(2, str(error))
         except PeerFailed as error:
             # `_record_failure` has recorded it; no tracker exists yet that would update MLflow.
@@ -101,9 +103,9 @@ class Start:
         except SystemExit as ended:
             return self._fail(int(ended.code or 0), "see the log of another process")
         except Exception as error:
+            self._print(traceback.format_exc())
             self._write_failure(error)
             self._show_first_failure()
-            traceback.print_exc()
             return self._fail(1, f"{type(error).__name__}: {error}".splitlines()[0])
         return self._end(status)
 
@@ -208,7 +210,7 @@ class Start:
             return
         text = f"a node failed: {', '.join(silent)} does not answer"
         self._note("stopped", text)
-        print(f"{text}; waiting for Slurm to requeue the job", file=sys.stderr, flush=True)
+        self._print(f"{text}; waiting for Slurm to requeue the job")
         if threading.current_thread() is threading.main_thread():
             # Only the main thread may set it; otherwise Slurm's SIGKILL follows shortly.
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -225,7 +227,8 @@ class Start:
         if self.is_first:
             step = history.saved_step(self.run_dir)
             event = JobEvent(kind, self.context.job, self.context.restart, step, text)
-            history.note(self.run_dir, event)
+            with self._if_possible():
+                history.note(self.run_dir, event)
 
     def _announce(self, status: str) -> None:
         """Update MLflow, on the first process."""
@@ -234,16 +237,26 @@ class Start:
 
     def _print(self, text: str) -> None:
         prefix = "" if self.context.rank == 0 else f"rank {self.context.rank}: "
-        print(f"{prefix}{text}", file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError):
+            print(f"{prefix}{text}", file=sys.stderr, flush=True)
+
+    @contextlib.contextmanager
+    def _if_possible(self) -> Iterator[None]:
+        """Print what cannot be recorded: a full disk may be the very failure."""
+        try:
+            yield
+        except OSError as error:
+            self._print(f"not recorded: {error}")
 
     def _write_failure(self, error: Exception) -> None:
         context = self.context
         known = isinstance(error, (*MISTAKES, PeerFailed))
         text = f"error: {error}" if known else "".join(traceback.format_exception(error))
         where = f"rank {context.rank} on {os.uname().nodename}:"
-        history.write_failure(
-            self.log, context.job, context.restart, context.rank, f"{where}\n{text}"
-        )
+        with self._if_possible():
+            history.write_failure(
+                self.log, context.job, context.restart, context.rank, f"{where}\n{text}"
+            )
 
     def _show_first_failure(self, known: str | None = None) -> None:
         """Print the first failure to rank 0's log, which users read first, unless it is ``known``
@@ -253,4 +266,4 @@ class Start:
         if not self.is_first or text is None or text.startswith("rank 0 "):
             return
         if known is None or known not in text:
-            print(f"the first to fail was {text}\n", file=sys.stderr, flush=True)
+            self._print(f"the first to fail was {text}\n")
