@@ -144,9 +144,9 @@ def _run(name: str, arguments: list[str] | None) -> int:
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        from tetdist.distributed.starters import end_with_starters
+        from tetdist.distributed.launchers import end_with_launchers
 
-        end_with_starters()
+        end_with_launchers()
         command = importlib.import_module(f"tetdist.apps.cli.{name}")
     except ModuleNotFoundError as error:
         text = f"error: the package {error.name} is not installed; docs/install.md says how"

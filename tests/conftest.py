@@ -113,10 +113,10 @@ def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session", autouse=True)
 def _all_end_with_the_tests() -> Iterator[None]:
     """Whatever a test has started ends by itself when the tests are killed, and leaves no files."""
-    from tetdist.distributed.starters import as_starter
+    from tetdist.distributed.launchers import as_launcher
 
     with tempfile.TemporaryDirectory(prefix="tetdist-tests-") as folder:
-        os.environ |= as_starter() | {"TMPDIR": folder}
+        os.environ |= as_launcher() | {"TMPDIR": folder}
         yield
 
 

@@ -66,12 +66,12 @@ def passing(point: str, number: int, action: Callable[[], None]) -> None:
 
         setattr(owner, name, wrapped)
 
-    if point == "start":  # before the processes meet
+    if point == "start":  # before the rendezvous
         action()
-    elif point == "met":  # before they have connected
-        from tetdist.distributed import meeting
+    elif point == "join":  # before they have connected
+        from tetdist.distributed import rendezvous
 
-        wrap(meeting, "meet", after=True)
+        wrap(rendezvous, "join", after=True)
     elif point == "micro":  # within the accumulation of a step
         wrap(torch_engine.TorchEngine, "backward", after=True)
         wrap(deepspeed_engines.DeepSpeedEngine, "backward", after=True)
@@ -120,9 +120,9 @@ def run(job: dict[str, Any], rank: int, port: int) -> int:
         if on_rank == rank:
             passing(point, number, lambda: os.kill(os.getpid(), which))
     from tetdist.apps.cli import train
-    from tetdist.distributed.starters import end_with_starters
+    from tetdist.distributed.launchers import end_with_launchers
 
-    end_with_starters()
+    end_with_launchers()
     return train.main([one.replace("RANK", str(rank)) for one in job["arguments"]])
 
 

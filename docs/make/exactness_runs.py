@@ -18,7 +18,7 @@ import yaml
 from safetensors.torch import load_file
 
 from tetdist.apps.reports.compare import OF_THE_CLOCK
-from tetdist.distributed.starters import as_starter
+from tetdist.distributed.launchers import as_launcher
 from tetdist.storage import selection
 
 START_LIMIT = 300  # seconds for a run to reach the step where it is stopped
@@ -81,7 +81,7 @@ class Runs:
         started = time.monotonic()
         run, log = self.folder / name, self.folder / f"{name}.log"
         environment = {
-            **as_starter(),
+            **as_launcher(),
             "WORLD_SIZE": str(world),
             "LOCAL_SIZE": str(world),
             "MASTER_ADDR": "127.0.0.1",
@@ -133,7 +133,7 @@ def _train(
 ) -> None:
     """Do one process's part of a run, as if it had been started by itself."""
     from tetdist.apps.cli import train
-    from tetdist.distributed.starters import end_with_starters
+    from tetdist.distributed.launchers import end_with_launchers
     from tetdist.training.engines import base
 
     os.environ |= environment
@@ -143,7 +143,7 @@ def _train(
     torch.set_num_threads(threads)
     if contiguous:
         base.lay_out = lambda *_: None
-    end_with_starters()
+    end_with_launchers()
     sys.exit(train.main(arguments))
 
 

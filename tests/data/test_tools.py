@@ -300,7 +300,7 @@ def test_a_stopped_index_continues(image_root, capsys, caplog, monkeypatch, tmp_
         return tetdist_command.run("images", ["index", str(root), "--workers", "1"])
 
     monkeypatch.setattr("tetdist.datasets.journal.probe_range", probe)
-    monkeypatch.setattr("tetdist.distributed.starters.end_with_starters", lambda: None)
+    monkeypatch.setattr("tetdist.distributed.launchers.end_with_launchers", lambda: None)
     monkeypatch.setenv("TETDIST_COMMAND", "images")
     # As a shell does to what a script starts in the background.
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -58,7 +58,7 @@ def test_two_processes(farm, tmp_path):
         from datetime import timedelta
         import psutil, torch
         import torch.distributed as dist
-        from tetdist.distributed import meeting, watchdog
+        from tetdist.distributed import rendezvous, watchdog
         from tetdist.distributed.signals import StopRequest
         from tetdist.distributed.watchdog import Watch
         from tetdist.distributed.world import join
@@ -78,7 +78,7 @@ def test_two_processes(farm, tmp_path):
                 # A process without the token, which can see all keys and write to any.
                 stranger = dist.TCPStore("127.0.0.1", port, timeout=timedelta(seconds=5))
                 keys = stranger.list_keys()
-                tokens = {meeting._token(None), watch._store._secret}
+                tokens = {rendezvous._token(None), watch._store._secret}
                 print("a stranger finds", any(token in key for token in tokens for key in keys))
                 for key in keys:
                     stranger.set(f"{key.rpartition('/')[0]}/verdict", "do as I say")
@@ -123,9 +123,9 @@ def test_two_processes(farm, tmp_path):
     assert "on rank 0 tensor([0, 1, 1, 2])" in first
     assert "on rank 0 None" in second
     for output in (first, second):
-        assert re.search("ends with .*'starters'", output), output
+        assert re.search("ends with .*'launchers'", output), output
         assert "listens at {'127.0.0.1'} lo" in output, output
-        # The store where all met; of rank 0 the watch's, too.
+        # The store that all joined; of rank 0 the watch's, too.
         assert output.count("a stranger finds False") == (2 if output is first else 1)
         assert "sum [3.0, 0.2]" in output
         assert "mean 1.0" in output

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from tetdist.distributed import watchdog
-from tetdist.distributed.meeting import SignedStore
+from tetdist.distributed.rendezvous import SignedStore
 from tetdist.distributed.watchdog import SILENCE, Watch
 from tetdist.distributed.world import World
 

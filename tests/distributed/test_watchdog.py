@@ -28,7 +28,7 @@ SOON = {"peer_timeout": 3.0}
         ),
         ({}, ("step", 3, KILL), 0, -KILL, ["rank 1: error: rank 0 has died or cannot be reached"]),
         (SOON, ("start", 1, KILL), 0, -KILL, ["rank 1: error: rank 0 did not open 127.0.0.1, "]),
-        (SOON, ("met", 1, KILL), 1, -KILL, ["a process is lost while all connect to each other"]),
+        (SOON, ("join", 1, KILL), 1, -KILL, ["a process is lost while all connect to each other"]),
         (SOON, ("step", 3, STOP), 1, HUNG, ["rank 1 (process ", "has died or is cut off"]),
         ({}, ("raise", 3, 0), 1, 1, [f"error: rank 1 has failed ('{RAISED}')"]),
     ],

@@ -21,8 +21,8 @@ from typing import Any
 
 import torch.distributed as dist
 
-from tetdist.distributed import evidence, meeting
-from tetdist.distributed.meeting import CONNECTION
+from tetdist.distributed import evidence, rendezvous
+from tetdist.distributed.rendezvous import CONNECTION
 from tetdist.distributed.world import World
 from tetdist.errors import PEER_FAILED, FailedElsewhere, Stopped, UserError
 from tetdist.wording import and_more
@@ -86,8 +86,8 @@ class Watch:
         if world.world_size == 1:
             return self
         # The watch has its own store, so that it never waits behind a collective that uses the
-        # other one. Rank 0 makes it once all processes have met.
-        with meeting.limited(self.timeout, "a process is lost before the training began"):
+        # other one. Rank 0 makes it once all processes have joined.
+        with rendezvous.limited(self.timeout, "a process is lost before the training began"):
             self._store = world.make_store()
             self._report_alive()
             dist.barrier(group=world.control)

@@ -18,9 +18,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tetdist.buffers import in_one_buffer
-from tetdist.distributed import evidence, meeting
+from tetdist.distributed import evidence, rendezvous
 from tetdist.distributed.devices import choose_device, cores_near, keep_freed_memory
-from tetdist.distributed.starters import end_with_starters
+from tetdist.distributed.launchers import end_with_launchers
 from tetdist.distributed.waiting import Waiting
 from tetdist.errors import FailedElsewhere, UserError
 
@@ -110,14 +110,16 @@ class World:
         dist.all_gather(gathered, own, group=self.control)
         return [numbers.tolist() for numbers in gathered]
 
-    def make_store(self) -> meeting.SignedStore:
+    def make_store(self) -> rendezvous.SignedStore:
         """Make a store on rank 0 that only the processes of the run can write to.
 
         All processes must call this together.
         """
-        store = meeting.open_store() if self.rank == 0 else None
+        store = rendezvous.open_store() if self.rank == 0 else None
         port, secret = self.from_rank_0((store and store.port, secrets.token_hex(16)))
-        return meeting.SignedStore(store or meeting.connect(meeting.address(), port), secret)
+        return rendezvous.SignedStore(
+            store or rendezvous.connect(rendezvous.address(), port), secret
+        )
 
     @contextmanager
     def together(self) -> Iterator[None]:
@@ -208,9 +210,9 @@ def join(
         )
         return World(0, 1, this_device, dist.new_group(backend="gloo"))
     if "TETDIST_COMMAND" not in os.environ:  # else the command has done so
-        end_with_starters()
-    store = meeting.meet(rank, world_size, timeout, shared_folder, run)
-    with meeting.limited(timeout, "a process is lost while all connect to each other"):
+        end_with_launchers()
+    store = rendezvous.join(rank, world_size, timeout, shared_folder, run)
+    with rendezvous.limited(timeout, "a process is lost while all connect to each other"):
         dist.init_process_group(
             backend, store=store, rank=rank, world_size=world_size, timeout=limit
         )

@@ -57,7 +57,7 @@ class Decisions:
         exits: Samples decided at t = 1 to T, (thresholds, T). A sample that never reaches the
             threshold is decided at T.
         exit_correct: Correct decisions, (thresholds,).
-        exit_spoilt: Wrong decisions of samples that are correct at T, (thresholds,).
+        exit_lost: Wrong decisions of samples that are correct at T, (thresholds,).
 
     Args:
         classes: Names of the data's classes, which may be fewer than the network's outputs.
@@ -75,7 +75,7 @@ class Decisions:
         unnamed, number = range(len(classes), num_outputs), len(thresholds)
         self.classes, self.thresholds = [*classes, *(f"output {k}" for k in unnamed)], thresholds
         self._thresholds = torch.tensor(thresholds, device=device).view(-1, 1, 1)
-        self.confusion, self.exits, self.exit_correct, self.exit_spoilt = (
+        self.confusion, self.exits, self.exit_correct, self.exit_lost = (
             torch.zeros(shape, dtype=torch.int64, device=device)
             for shape in ((num_outputs, num_outputs), (number, timesteps), (number,), (number,))
         )
@@ -98,11 +98,11 @@ class Decisions:
         self.exits += (first[:, None] == steps.view(-1, 1)).sum(-1)
         right = decided.gather(0, first) == labels
         self.exit_correct += right.sum(-1)
-        self.exit_spoilt += ((decided[-1] == labels) & ~right).sum(-1)
+        self.exit_lost += ((decided[-1] == labels) & ~right).sum(-1)
 
     def gather(self, world: World) -> None:
         """Add up the numbers of all processes, on every process."""
-        for counts in (self.confusion, self.exits, self.exit_correct, self.exit_spoilt):
+        for counts in (self.confusion, self.exits, self.exit_correct, self.exit_lost):
             summed = torch.tensor(world.sum(counts.flatten().tolist()), dtype=torch.float64)
             counts.copy_(summed.view_as(counts))
 

@@ -134,7 +134,7 @@ def choose_exit(evaluator: Evaluator, timesteps: int, within: float) -> ExitChoi
     cheap = 100 * lost.double() <= within * result.samples
     # Exits lose few samples at all thresholds from this one on; the highest loses none.
     place = len(cheap) - int(cheap.flip(0).long().cumprod(0).sum())
-    top1, spoilt = result.top1 if classes else None, int(decisions.exit_spoilt[place])
+    top1, spoilt = result.top1 if classes else None, int(decisions.exit_lost[place])
     return ExitChoice(within, FINE_THRESHOLDS[place], result.samples, top1, spoilt)
 
 

@@ -18,7 +18,7 @@ from tetdist.apps.check_gpu.check import Finding, Machine
 from tetdist.config.loading import parse
 from tetdist.data.build import eval_loader, train_loader
 from tetdist.datasets.index import build_index, index_splits
-from tetdist.distributed.starters import as_starter
+from tetdist.distributed.launchers import as_launcher
 from tetdist.storage.checkpoint import load_model_file
 
 STEPS = 6
@@ -49,7 +49,7 @@ def check_resume(here: Machine) -> Finding:
     file = root / "check.yaml"
     file.write_text(yaml.safe_dump(values | {"device": here.world.device.type}))
     # The runs end with this process, even if that is killed.
-    alone = {k: v for k, v in os.environ.items() if k not in LAUNCHED} | as_starter()
+    alone = {k: v for k, v in os.environ.items() if k not in LAUNCHED} | as_launcher()
     command = [sys.executable, "-m", "tetdist", "train", "--config", str(file)]
     for device in DEVICES if here.on_gpu else DEVICES[:1]:
         ends = []

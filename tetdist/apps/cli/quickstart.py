@@ -7,7 +7,7 @@ import sys
 
 from tetdist.apps.cli.common import program, run_command
 from tetdist.config.flags import Parser
-from tetdist.distributed.starters import as_starter
+from tetdist.distributed.launchers import as_launcher
 from tetdist.errors import typed
 
 DATA, RUN = "data/digits", "runs/quickstart"
@@ -41,7 +41,7 @@ def run() -> int:
 
 def _status_of(command: list[str]) -> int:
     """Return a command's exit status; after Ctrl-C, when it has saved and ended."""
-    process = subprocess.Popen(command, env=os.environ | as_starter())
+    process = subprocess.Popen(command, env=os.environ | as_launcher())
     try:
         return process.wait()
     except KeyboardInterrupt:  # the terminal has sent it to the command as well

@@ -10,7 +10,7 @@ from typing import Any
 
 from tetdist.apps.slurm.cluster import ClusterSection
 from tetdist.apps.slurm.job import Job
-from tetdist.distributed.meeting import TOKEN
+from tetdist.distributed.rendezvous import TOKEN
 from tetdist.errors import UserError
 
 # Remedy for a refusal by sbatch, by a word in the refusal.

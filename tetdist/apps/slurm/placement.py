@@ -126,7 +126,7 @@ class Context:
 
 
 def export_place() -> "SlurmJobEnvironment":
-    """Set the variables by which torch's and DeepSpeed's processes meet; return srun's values."""
+    """Set the variables of torch's and DeepSpeed's rendezvous; return srun's values."""
     from submitit.slurm.slurm import SlurmJobEnvironment
 
     task = SlurmJobEnvironment()

@@ -2,7 +2,7 @@
 
 Every run is a call of the training command. Finished runs are skipped, others resume at their last
 checkpoint. No run outlives its study: a stopped study stops its runs and waits until they have
-saved, and the runs notice when it is killed (tetdist/distributed/starters.py).
+saved, and the runs notice when it is killed (tetdist/distributed/launchers.py).
 """
 
 import contextlib
@@ -16,8 +16,8 @@ from collections.abc import Iterator
 import torch
 
 from tetdist.apps.studies.plan import Command, StudyRun, evaluation, is_trained
+from tetdist.distributed.launchers import as_launcher
 from tetdist.distributed.signals import StopRequest
-from tetdist.distributed.starters import as_starter
 from tetdist.distributed.world import ALONE
 from tetdist.errors import UserError, typed
 from tetdist.storage.files import explaining, is_held
@@ -152,7 +152,7 @@ class Child:
                 stderr=subprocess.STDOUT,
                 # Shield it from the terminal's Ctrl-C, which is forwarded once, as SIGTERM.
                 start_new_session=True,
-                env={"OMP_NUM_THREADS": str(threads)} | os.environ | place | as_starter(),
+                env={"OMP_NUM_THREADS": str(threads)} | os.environ | place | as_launcher(),
             )
 
     @property

@@ -12,14 +12,15 @@ import pytest
 import tiny
 import torch.distributed as dist
 
-from tetdist.distributed import meeting, starters
+from tetdist.distributed import launchers, rendezvous
 from tetdist.errors import PeerFailed, UserError
 
 
 def launched(monkeypatch, **variables):
-    for name in ("LOCAL_SIZE", "LOCAL_WORLD_SIZE", "TORCHELASTIC_USE_AGENT_STORE", meeting.TOKEN):
+    store = "TORCHELASTIC_USE_AGENT_STORE"
+    for name in ("LOCAL_SIZE", "LOCAL_WORLD_SIZE", store, rendezvous.TOKEN):
         monkeypatch.delenv(name, raising=False)
-    # `meet` sets this one, for all that follows in this process.
+    # `join` sets this one, for all that follows in this process.
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
     for name, value in ({"RANK": "0", "WORLD_SIZE": "4"} | variables).items():
         monkeypatch.setenv(name, value)
@@ -37,20 +38,20 @@ def launched(monkeypatch, **variables):
 )
 def test_address(variables, address, monkeypatch):
     launched(monkeypatch, **variables)
-    assert meeting.address() == address
+    assert rendezvous.address() == address
 
 
 def test_rank_0_listens_where_the_others_come(monkeypatch):
     launched(monkeypatch, MASTER_ADDR="node1", LOCAL_SIZE="2")
     try:
-        own = meeting._address_towards("192.0.2.1")
+        own = rendezvous._address_towards("192.0.2.1")
     except OSError:
         own = ""
 
     def known_as(*addresses):
         found = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (one, 0)) for one in addresses]
         monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: found)
-        with meeting._listen(0) as listener:
+        with rendezvous._listen(0) as listener:
             return str(listener.getsockname()[0])
 
     # Neither what no other host reaches nor what is not this host's.
@@ -67,38 +68,38 @@ def test_gloo_gets_the_interface_to_the_other_hosts(rank, monkeypatch):
     own = {"lo": "127.0.0.1", "docker0": "172.17.0.1", "eth0": "10.0.0.1", "ib0": "10.1.0.2%ib0"}
     found = {name: [types.SimpleNamespace(address=one)] for name, one in own.items()}
     monkeypatch.setattr(psutil, "net_if_addrs", lambda: found)
-    monkeypatch.setattr(meeting, "_address_towards", {"10.1.0.2": "10.0.0.1"}.__getitem__)
-    meeting._choose_interface(rank, ["127.0.0.1", "127.0.0.1", "10.1.0.2"])
+    monkeypatch.setattr(rendezvous, "_address_towards", {"10.1.0.2": "10.0.0.1"}.__getitem__)
+    rendezvous._choose_interface(rank, ["127.0.0.1", "127.0.0.1", "10.1.0.2"])
     assert os.environ["GLOO_SOCKET_IFNAME"] == ("ib0" if rank == 2 else "eth0")
     monkeypatch.delenv("GLOO_SOCKET_IFNAME")
-    meeting._choose_interface(rank, ["127.0.0.1"] * 3)
+    rendezvous._choose_interface(rank, ["127.0.0.1"] * 3)
     assert os.environ["GLOO_SOCKET_IFNAME"] == "lo"
 
 
 def test_a_secret_is_made_once_and_read_by_its_owner_alone(tmp_path):
     file = tmp_path / "new" / ".token"
-    token = meeting._kept(file)
+    token = rendezvous._kept(file)
     assert len(token) == 32
-    assert meeting._kept(file) == token
+    assert rendezvous._kept(file) == token
     assert stat.S_IMODE(file.stat().st_mode) == 0o600
     assert list(file.parent.iterdir()) == [file]
-    assert meeting._kept(tmp_path / "other") != token
+    assert rendezvous._kept(tmp_path / "other") != token
     file.chmod(0o640)
     with pytest.raises(UserError, match=r"\.token can be read or changed by others"):
-        meeting._kept(file)
+        rendezvous._kept(file)
 
 
 def test_where_the_secret_comes_from(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     launched(monkeypatch, MASTER_ADDR="127.0.0.1")
-    here = meeting._token(tmp_path / "run")
+    here = rendezvous._token(tmp_path / "run")
     assert here == (tmp_path / "cache" / "tetdist" / "token").read_text()
     assert not (tmp_path / "run").exists()
     launched(monkeypatch, MASTER_ADDR="node1")
-    several = meeting._token(tmp_path / "run")
+    several = rendezvous._token(tmp_path / "run")
     assert several == (tmp_path / "run" / ".token").read_text() != here
-    monkeypatch.setenv(meeting.TOKEN, "given")
-    assert meeting._token(tmp_path / "run") == "given"
+    monkeypatch.setenv(rendezvous.TOKEN, "given")
+    assert rendezvous._token(tmp_path / "run") == "given"
 
 
 @pytest.fixture
@@ -108,39 +109,39 @@ def rank_0():
         yield thread
 
 
-def met(rank, seconds=30, folder="runs/a", **run):
-    return meeting.meet(rank, 2, seconds, Path(folder), {"name": "a", "seed": 0} | run)
+def joined(rank, seconds=30, folder="runs/a", **run):
+    return rendezvous.join(rank, 2, seconds, Path(folder), {"name": "a", "seed": 0} | run)
 
 
 @pytest.mark.parametrize(
     ("variables", "run", "words"),
     [
-        ({meeting.TOKEN: "another"}, {}, "do not have the same token.*TETDIST_TOKEN"),
+        ({rendezvous.TOKEN: "another"}, {}, "do not have the same token.*TETDIST_TOKEN"),
         ({}, {"name": "b", "seed": 5}, "another run at 127.0.0.1, .* differs in name, seed; start"),
         ({}, {"teacher": "x"}, "differs in teacher; .*--master_port"),
         ({}, {"folder": "elsewhere/a"}, "differs in run folder; .*--master_port"),
-        ({starters.VARIABLE: "another"}, {}, "rank 1 reached .* differs in launch; "),
+        ({launchers.VARIABLE: "another"}, {}, "rank 1 reached .* differs in launch; "),
     ],
 )
 def test_run_is_met_by_its_own_processes_alone(variables, run, words, rank_0, monkeypatch):
     port = tiny.free_port()
-    own = starters.as_starter() | {meeting.TOKEN: "one", "WORLD_SIZE": "2", "LOCAL_SIZE": "2"}
+    own = launchers.as_launcher() | {rendezvous.TOKEN: "one", "WORLD_SIZE": "2", "LOCAL_SIZE": "2"}
     launched(monkeypatch, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), **own)
-    first = rank_0.submit(met, 0)
+    first = rank_0.submit(joined, 0)
     # By now it has read these variables.
-    meeting._wait_for_port("127.0.0.1", port, 30)
+    rendezvous._wait_for_port("127.0.0.1", port, 30)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match=words):
-        met(1, **run)
+        joined(1, **run)
     assert not first.done()
     for name in variables:
         monkeypatch.setenv(name, own[name])
-    second = met(1)
+    second = joined(1)
     second.set("by", "rank 1")
     assert first.result().get("by") == b"rank 1"
     with pytest.raises(UserError, match=r"another process has joined as rank 1 .* started twice"):
-        met(1)
+        joined(1)
 
 
 def test_second_attempt_reads_nothing_of_the_first(rank_0, monkeypatch):
@@ -152,9 +153,9 @@ def test_second_attempt_reads_nothing_of_the_first(rank_0, monkeypatch):
     for attempt in ("0", "1"):
         monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", attempt)
         with pytest.raises(PeerFailed, match="rank 0 did not join within 1 s"):
-            met(1, seconds=1)
-        first = rank_0.submit(met, 0)
-        second = met(1)
+            joined(1, seconds=1)
+        first = rank_0.submit(joined, 0)
+        second = joined(1)
         assert not second.check(["by"])
         second.set("by", attempt)
         assert first.result().get("by") == attempt.encode()

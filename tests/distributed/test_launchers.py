@@ -8,27 +8,27 @@ import sys
 import pytest
 import tiny
 
-from tetdist.distributed import starters
+from tetdist.distributed import launchers
 
 KILL = signal.SIGKILL
 
-# Ends upon SIGTERM as training does: it saves. It reports if all its starters have ended.
+# Ends upon SIGTERM as training does: it saves. It reports if all its launchers have ended.
 WORKER = """
 import os, pathlib, signal, sys, time
-from tetdist.distributed import starters
-starters.BEAT = 0.05
+from tetdist.distributed import launchers
+launchers.BEAT = 0.05
 result = pathlib.Path(sys.argv[1])
 def save(*_):
     result.write_text("saved")
     os._exit(143)
 signal.signal(signal.SIGTERM, save)
 parent = os.getppid()
-starters.end_with_starters()
+launchers.end_with_launchers()
 print("ready", os.getpid(), flush=True)
 while os.getppid() == parent:
     time.sleep(0.01)
 for _ in range(int(sys.argv[2])):
-    time.sleep(starters.BEAT)
+    time.sleep(launchers.BEAT)
 result.write_text("goes on")
 """
 LAUNCHER = """
@@ -38,8 +38,8 @@ sys.exit(subprocess.call(sys.argv[1:], start_new_session=True))
 """
 STUDY = """
 import os, subprocess, sys
-from tetdist.distributed.starters import as_starter
-env = os.environ | as_starter() | {"TETDIST_COMMAND": "test"}  # which importing tetdist removes
+from tetdist.distributed.launchers import as_launcher
+env = os.environ | as_launcher() | {"TETDIST_COMMAND": "test"}  # which importing tetdist removes
 sys.exit(subprocess.call(sys.argv[1:], env=env, start_new_session=True))
 """
 
@@ -82,9 +82,8 @@ def test_ends_with_those_it_works_for(above, variables, result, tmp_path):
             (tmp_path / name).write_text(text)
             command += [sys.executable, name]
     command += ["result", "1000" if result == "saved" else "10"]
-    env = tiny.clean_environment(
-        PYTHONPATH=str(tiny.PROJECT), TETDIST_COMMAND="test", **{starters.VARIABLE: ""}, **variables
-    )
+    variables = {"TETDIST_COMMAND": "test", launchers.VARIABLE: ""} | variables
+    env = tiny.clean_environment(PYTHONPATH=str(tiny.PROJECT), **variables)
     with tiny.started(command, tmp_path, env) as process:
         line = process.stdout.readline()
         assert line.startswith("ready"), line + process.stdout.read()
@@ -97,29 +96,29 @@ def test_ends_with_those_it_works_for(above, variables, result, tmp_path):
 def test_only_torchruns_worker_whose_parent_is_gone_was_launched(monkeypatch):
     """A person's shell that set the variables may end."""
     monkeypatch.setenv("RANK", "0")
-    monkeypatch.setattr(starters, "_is_init", lambda _: True)
-    assert starters._launchers() == []
+    monkeypatch.setattr(launchers, "_is_init", lambda _: True)
+    assert launchers._launching_ancestors() == []
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
-    assert starters._launchers() == [starters.GONE]
+    assert launchers._launching_ancestors() == [launchers.GONE]
 
 
 @pytest.mark.parametrize("program", ["torchrun", "launch/torchrun.py", "/venv/bin/tetdist"])
 def test_launcher_may_be_the_first_process_of_a_container(program, monkeypatch):
     """It has not adopted what it started."""
-    monkeypatch.setattr(starters, "_program", lambda _: program)
-    assert not starters._is_init(1)
+    monkeypatch.setattr(launchers, "_program", lambda _: program)
+    assert not launchers._is_init(1)
 
 
 def test_what_came_from_another_host_is_nobody_here(monkeypatch):
-    ((name, text),) = starters.as_starter().items()
+    ((name, text),) = launchers.as_launcher().items()
     place, pid, started = json.loads(text)
-    assert starters.Process(pid, started).is_there
-    assert not starters.Process(pid, started + 1).is_there
+    assert launchers.Process(pid, started).is_there
+    assert not launchers.Process(pid, started + 1).is_there
     monkeypatch.setenv(name, text)
-    assert starters._named_starter() == [starters.Process(os.getpid(), started)]
+    assert launchers._named_launcher() == [launchers.Process(os.getpid(), started)]
     for i in range(len(place)):
         elsewhere = [*place[:i], "other", *place[i + 1 :]]
         monkeypatch.setenv(name, json.dumps([elsewhere, pid, started]))
-        assert starters._named_starter() == []
+        assert launchers._named_launcher() == []
     monkeypatch.setenv(name, "")
-    assert starters._named_starter() == []
+    assert launchers._named_launcher() == []

@@ -88,7 +88,7 @@ def place() -> tuple[str, ...] | None:
     return (socket.gethostname(), boot, namespace)
 
 
-def as_starter() -> dict[str, str]:
+def as_launcher() -> dict[str, str]:
     """Return environment variables that make a command end when this process does."""
     facts, here = _facts(os.getpid()), place()
     if facts is None or here is None:
@@ -96,18 +96,18 @@ def as_starter() -> dict[str, str]:
     return {VARIABLE: json.dumps([here, os.getpid(), facts.started])}
 
 
-def starters() -> list[Process]:
+def launchers() -> list[Process]:
     """Return the launchers and the study on this host that started this process."""
-    return [*_named_starter(), *_launchers()]
+    return [*_named_launcher(), *_launching_ancestors()]
 
 
-def end_with_starters() -> None:
+def end_with_launchers() -> None:
     """Start a thread that ends this process when one of its launchers ends; see the module."""
-    if launchers := starters():
-        threading.Thread(target=_watch, args=(launchers,), name="starters", daemon=True).start()
+    if started_by := launchers():
+        threading.Thread(target=_watch, args=(started_by,), name="launchers", daemon=True).start()
 
 
-def _named_starter() -> list[Process]:
+def _named_launcher() -> list[Process]:
     try:
         there, pid, started = json.loads(os.environ[VARIABLE])
     except (KeyError, ValueError, TypeError):
@@ -116,7 +116,7 @@ def _named_starter() -> list[Process]:
     return [Process(pid, started)] if tuple(there) == place() else []
 
 
-def _launchers() -> list[Process]:
+def _launching_ancestors() -> list[Process]:
     """Return the launchers among this process's ancestors."""
     launchers: list[Process] = []
     if "RANK" not in os.environ or place() is None:

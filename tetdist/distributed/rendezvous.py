@@ -24,7 +24,7 @@ from typing import Any
 import psutil
 import torch.distributed as dist
 
-from tetdist.distributed.starters import starters
+from tetdist.distributed.launchers import launchers
 from tetdist.errors import PEER_FAILED, PeerFailed, UserError
 from tetdist.storage.files import own_cache
 from tetdist.wording import and_more
@@ -179,7 +179,7 @@ def _own_addresses() -> Iterator[tuple[socket.AddressFamily, str]]:
             yield family, own
 
 
-def meet(
+def join(
     rank: int, world_size: int, seconds: float, shared_folder: Path | None, run: Mapping[str, Any]
 ) -> Any:
     """Wait until all processes of the run are there; return a store of torch for them all.
@@ -198,7 +198,7 @@ def meet(
     token = _token(shared_folder)
     # Different hosts may mount the folder at different paths.
     folder = shared_folder.absolute() if shared_folder and _on_one_host() else shared_folder
-    launch = starters() if _is_one_launch() else []
+    launch = launchers() if _is_one_launch() else []
     about = {**run, "number of processes": world_size, "run folder": folder, "launch": launch}
     with limited(seconds + 2 * _GRACE, "rank 0 is lost during the rendezvous"):
         store = _main_store(rank, token, seconds, about)
@@ -335,7 +335,7 @@ def limited(seconds: float, what: str) -> Iterator[None]:
             # The main thread waits in torch and cannot be interrupted otherwise.
             os._exit(PEER_FAILED)
 
-    threading.Thread(target=guard, name="meeting", daemon=True).start()
+    threading.Thread(target=guard, name="rendezvous", daemon=True).start()
     try:
         yield
     except RuntimeError as error:
