@@ -207,9 +207,16 @@ def imports_in(name: str) -> list[str]:
     return imports_of(read_layers(path, find)[0], path)
 
 
+def command_for(name: str, root: str) -> str:
+    """Return the command that makes the data of a run by its recipe; "" without one."""
+    # It makes them in the current folder, and an absolute root is another place.
+    return "" if Path(root).is_absolute() else data_command(CONFIGS_DIR / f"{name}.yaml")
+
+
 def data_command(file: str | Path) -> str:
     """Return the commands of a recipe's header that make its data, as one; "" without them."""
-    entry = re.search(r"^# data  +(.*\n(?:#   .*\n)*)", Path(file).read_text(), re.MULTILINE)
+    text = Path(file).read_text() if Path(file).is_file() else ""
+    entry = re.search(r"^# data  +(.*\n(?:#   .*\n)*)", text, re.MULTILINE)
     lines = [line.lstrip("# ") for line in entry[1].splitlines()] if entry else []
     # Further arguments, -- and so on, continue the line before.
     commands = takewhile(re.compile(r"(python|git|apt-get|--)").match, lines)

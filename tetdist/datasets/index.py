@@ -192,10 +192,7 @@ def find_index(data: "DataSection", split: str, made_by: str = "") -> Path:
         UserError: There is no data set, or no such index.
     """
     root = Path(data.root)
-    if not root.is_dir():
-        give = "set data.root=FOLDER"
-        way_out = f"make it with `{made_by}`, or {give}" if made_by else meant_path(root, give)
-        raise UserError(f"data.root: there is no folder {root}; {way_out}")
+    check_root(root, made_by, "set data.root=FOLDER")
     file = index_file(data.index_dir, split)
     if file.is_file():
         return file
@@ -213,6 +210,13 @@ def find_index(data: "DataSection", split: str, made_by: str = "") -> Path:
         f"{root} has no split {split!r}, only {', '.join(indexed)}, which `{typed('eval')} --split "
         f"{indexed[-1]}` evaluates"
     )
+
+
+def check_root(root: Path, made_by: str, give: str) -> None:
+    """Refuse a missing data set; for ``made_by`` see `find_index`."""
+    if not root.is_dir():
+        way_out = f"make it with `{made_by}`, or {give}" if made_by else meant_path(root, give)
+        raise UserError(f"data.root: there is no folder {root}; {way_out}")
 
 
 def check_indexed(config: "RunConfig", made_by: str) -> None:

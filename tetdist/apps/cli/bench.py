@@ -59,11 +59,12 @@ def measure(options: argparse.Namespace) -> None:
     """Run one benchmark and print its result."""
     if options.command == "step":
         names.check_network(options.model)
+    if options.json:
+        check_writable("--json", options.json)
+    # Imported after these checks, because torch takes seconds.
     from tetdist.apps.benchmarks import bench, data
     from tetdist.distributed.devices import choose_device
 
-    if options.json:
-        check_writable("--json", options.json)
     options.device = choose_device(options.device, local_rank=0).type
     benchmark = bench if options.command == "step" else data
     result = benchmark.measure(options)

@@ -11,6 +11,7 @@ import argparse
 from pathlib import Path
 
 from tetdist.apps.cli.common import add_checkpoint, documented_parser, run_command
+from tetdist.apps.reports.evaluation_places import check_own_data
 from tetdist.config.flags import add_import
 from tetdist.storage import files, hub
 
@@ -36,7 +37,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def show(options: argparse.Namespace) -> None:
-    hub.check_source(options.checkpoint)  # before torch is imported
+    folder = hub.check_source(options.checkpoint)  # before torch is imported
+    if not options.data:
+        check_own_data(folder)
     if (output := options.output or Path()).is_dir():
         output /= f"sample-{options.sample}"
     png, gif = (output.with_name(f"{output.name}.{kind}") for kind in ("png", "gif"))

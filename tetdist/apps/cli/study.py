@@ -7,26 +7,24 @@ import argparse
 import logging
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from tetdist.apps.cli.common import program, run_command
+from tetdist.apps.slurm import command, jobs
+from tetdist.apps.studies import plan
+from tetdist.apps.studies.plan import StudyRun
 from tetdist.config.flags import add_import, import_flags, positive
 from tetdist.config.key_parser import KeyParser
-from tetdist.config.loading import CONFIGS_DIR
+from tetdist.config.loading import CONFIGS_DIR, Draft
+from tetdist.datasets.index import check_indexed
 from tetdist.errors import UserError
 from tetdist.wording import counted, meant
-
-if TYPE_CHECKING:
-    from tetdist.apps.studies.plan import StudyRun
 
 
 class StudyParser(KeyParser):
     """The parser of study, which names the place of flags that belong to slurm."""
 
     def meant(self, flag: str) -> str:
-        from tetdist.apps.slurm.command import submit_parser
-
-        if flag in submit_parser()._option_string_actions and flag != "--config":
+        if flag in command.submit_parser()._option_string_actions and flag != "--config":
             return f"write flags of {program('slurm')} after --slurm"
         return super().meant(flag)
 
@@ -89,8 +87,6 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def study(options: argparse.Namespace) -> int:
-    from tetdist.apps.studies import plan
-
     file = find(options.study)
     section = plan.read(file)
     output = options.output or Path("runs") / file.stem
@@ -101,11 +97,18 @@ def study(options: argparse.Namespace) -> int:
     if options.slurm is not None:
         slurm_options = parse_slurm(options.slurm, section.config)
         options.overrides += slurm_options.overrides
-    trains_here = options.slurm is None and not options.dry_run and not options.report_only
-    # Runs that are finished need no data.
-    needs_data = trains_here and not output.exists()
+
+    def check(entry: str, draft: Draft) -> None:
+        # Runs that are finished need no data.
+        if draft.config.run_dir.exists() or entry not in (options.only or section.entries):
+            return
+        if slurm_options is not None:
+            command.check_draft(draft, slurm_options)
+        elif not options.dry_run and not options.report_only:
+            check_indexed(draft.config, draft.data_command)
+
     try:
-        runs = plan.runs_of(section, output, options.overrides, options.imports, needs_data)
+        runs = plan.runs_of(section, output, options.overrides, options.imports, check)
     except UserError as error:
         raise UserError(f"{file}: {error}") from error
     firsts: dict[str, str] = {}
@@ -151,8 +154,6 @@ def study(options: argparse.Namespace) -> int:
 
 def parse_slurm(flags: list[str], config_name: str) -> argparse.Namespace:
     """Parse the flags after --slurm; a machine without Slurm takes those for a plan only."""
-    from tetdist.apps.slurm import command, jobs
-
     own = ("--output", "--jobs", "--only", "--report-only")
     if misplaced := [flag for flag in flags if flag in own]:
         raise UserError(f"--slurm: write {misplaced[0]}, a flag of the study, before --slurm")
@@ -182,7 +183,7 @@ def find(name: str) -> Path:
     raise UserError(f"there is no study {name!r}; {meant(Path(name).stem, known, give)}")
 
 
-def choose(runs: "list[StudyRun]", entries: list[str] | None) -> "list[StudyRun]":
+def choose(runs: list[StudyRun], entries: list[str] | None) -> list[StudyRun]:
     """Return the runs of some entries, and the runs that they need."""
     if entries is None:
         return runs

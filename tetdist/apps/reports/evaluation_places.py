@@ -29,6 +29,21 @@ def check_places(options: argparse.Namespace) -> None:
     for file in (folder / "config.yaml", folder / "recipe.yaml"):  # of a run; of an export
         if file.is_file():
             check_held_out((read_yaml(file).get("data") or {}).get("held_out"), options)
+    if options.data is None:
+        check_own_data(folder)
+
+
+def check_own_data(folder: Path) -> None:
+    """Refuse a missing data set that an export names as its own."""
+    recipe = folder / "recipe.yaml"
+    if recipe.is_file():
+        # Imported here, because --help of eval needs neither pydantic nor NumPy.
+        from tetdist.config.loading import command_for
+        from tetdist.datasets.index import check_root
+
+        config = read_yaml(recipe)
+        if root := config["data"].get("root"):
+            check_root(Path(root), command_for(config["name"], root), "give --data FOLDER")
 
 
 def check_held_out(held_out: float | None, options: argparse.Namespace) -> None:

@@ -7,15 +7,18 @@ from pathlib import Path
 from typing import Any
 
 from tetdist import order
+from tetdist.apps.reports.reference import find_reference
 from tetdist.apps.reports.run_status import find_runs, read_status
 from tetdist.apps.slurm import history, jobs, status
 from tetdist.apps.slurm.cluster import ClusterSection, cluster_file, gather
 from tetdist.config import loading
 from tetdist.config.flags import Parser, add_import, positive
 from tetdist.config.key_parser import KeyParser
+from tetdist.config.loading import Draft
 from tetdist.config.schema import RunConfig
 from tetdist.datasets.index import check_indexed
 from tetdist.errors import UserError, typed
+from tetdist.tracking.trackers import check_names
 from tetdist.wording import meant
 
 # Commands that take a run, with their descriptions.
@@ -87,6 +90,7 @@ def submit_parser() -> KeyParser:
         action="store_true",
         help="print plan and batch script; needs no Slurm, writes nothing",
     )
+    parser.set_defaults(assumes_gpus=False)
     text = "with --dry-run: also print the whole configuration"
     parser.add_argument("--print-config", action="store_true", help=text)
     parser.add_argument(
@@ -159,12 +163,7 @@ def run(options: argparse.Namespace) -> int:
 def _submit(options: argparse.Namespace) -> None:
     """Check a run, and submit it or print its plan."""
     draft = loading.draft(options.config, options.overrides, options.imports)
-    cluster, batch = cluster_of(draft.config.cluster, options), draft.config.batch
-    if options.dry_run:
-        check_images(draft.config, options.images)
-    else:
-        check_indexed(draft.config, draft.data_command)
-    order.rank_micro_batches(0, cluster.processes, batch.global_, batch.micro)
+    cluster = check_draft(draft, options)
     if not options.dry_run:
         jobs.check_here("use --dry-run to see the job")
     config = draft.completed()
@@ -183,7 +182,26 @@ def _submit(options: argparse.Namespace) -> None:
     print(submit.summary(submitted, run.config))
 
 
-def check_images(config: RunConfig, images: int | None) -> None:
+def check_draft(draft: Draft, options: argparse.Namespace) -> ClusterSection:
+    """Refuse a run that shows without torch that it cannot be submitted, or planned with --dry-run.
+
+    Returns:
+        The settings of its job.
+    """
+    config, batch = draft.config, draft.config.batch
+    cluster = cluster_of(config.cluster, options)
+    if options.dry_run:
+        _check_images(config, options.images)
+    else:
+        check_indexed(config, draft.data_command)
+    order.rank_micro_batches(0, cluster.processes, batch.global_, batch.micro)
+    if config.reference is not None:
+        find_reference(config.reference)
+    check_names(config.tracking.trackers)
+    return cluster
+
+
+def _check_images(config: RunConfig, images: int | None) -> None:
     """Refuse a plan without data if it does not know their number."""
     if config.data.kind == "events" and images is not None:
         raise UserError("--images does not apply to recordings, whose index the plan reads")
@@ -201,8 +219,10 @@ def cluster_of(section: dict[str, Any], options: argparse.Namespace) -> ClusterS
     flags = {name: value for name in names if (value := getattr(options, name)) is not None}
     facts = gather(section, flags)
     if facts.gpus_per_node is None and getattr(options, "dry_run", False):
-        print("without --gpus-per-node, the plan assumes 8", file=sys.stderr)
-        facts = facts.model_copy(update={"gpus_per_node": 8})
+        if not options.assumes_gpus:  # once for all runs of a study
+            print("without --gpus-per-node, the plan assumes 8", file=sys.stderr)
+        options.assumes_gpus = True
+        return facts.model_copy(update={"gpus_per_node": 8})
     if facts.gpus_per_node is None:
         raise UserError(
             "the number of GPUs a node is missing; give --gpus-per-node G (0: train on the CPU) or "

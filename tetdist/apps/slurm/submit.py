@@ -15,7 +15,6 @@ import torch
 import yaml
 
 from tetdist import plugins
-from tetdist.apps.reports.reference import find_reference
 from tetdist.apps.slurm import batch, history, jobs, plan, snapshot
 from tetdist.apps.slurm.cluster import ClusterSection
 from tetdist.apps.slurm.history import JobEvent, Submission
@@ -33,7 +32,6 @@ from tetdist.plugins import import_files
 from tetdist.storage import checkpoint, hub
 from tetdist.tracking.mlflow_logger import announce, ui_command
 from tetdist.tracking.mlflow_store import check_store, hand_over
-from tetdist.tracking.trackers import check_names
 from tetdist.training.run_folder import RunFolder, is_trained
 
 # Size of ImageNet's validation split, as a fraction of its training split.
@@ -53,9 +51,6 @@ def prepare(
     """
     if not after:
         _check_inputs(config)
-    if config.reference is not None:
-        find_reference(config.reference)
-    check_names(config.tracking.trackers)
     if config.tracking_uri is not None:
         check_store(config.tracking_uri)
         hand_over(config.tracking_uri)

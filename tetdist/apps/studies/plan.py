@@ -2,7 +2,7 @@
 
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,12 +13,11 @@ from pydantic import Field
 from tetdist.config import identity, loading
 from tetdist.config.fields import Section, Timesteps
 from tetdist.config.flags import import_flags
-from tetdist.config.loading import CONFIGS_DIR
+from tetdist.config.loading import CONFIGS_DIR, Draft
 from tetdist.config.messages import checked
 from tetdist.config.overrides import apply_override, flatten, joined
 from tetdist.config.schema import RunConfig
 from tetdist.config.yaml_files import read_yaml
-from tetdist.datasets.index import check_indexed
 from tetdist.errors import UserError, script_of, typed
 from tetdist.storage.files import parse_json
 from tetdist.tracking import metrics_file
@@ -220,16 +219,16 @@ def runs_of(
     output: Path,
     more: list[str],
     imports: Sequence[str] = (),
-    needs_data: bool = False,
+    check: Callable[[str, Draft], object] | None = None,
 ) -> list[StudyRun]:
     """Return all runs, seed by seed, each after those that it needs.
 
     The runs are in the folder ``output``. ``more`` are ``key=value``, applied after the study's
-    own. The runs' study has test_timesteps, also by default. With ``needs_data`` a missing data set
-    is refused before networks are imported, which takes seconds.
+    own. The runs' study has test_timesteps, also by default. ``check`` may refuse a run, given its
+    entry, before networks are imported, which takes seconds.
     """
     loaded = {
-        (name, seed): _loaded(study, name, seed, output, more, imports, needs_data)
+        (name, seed): _loaded(study, name, seed, output, more, imports, check)
         for seed in study.seeds
         for name in _in_order(study.entries)
     }
@@ -283,7 +282,7 @@ def _loaded(
     output: Path,
     more: list[str],
     imports: Sequence[str],
-    needs_data: bool,
+    check: Callable[[str, Draft], object] | None,
 ) -> tuple[tuple[str, ...], RunConfig]:
     """Return the arguments and the configuration of an entry's run; see `runs_of`."""
     entry = study.entries[name]
@@ -303,10 +302,10 @@ def _loaded(
         _refuse_own_keys(overrides, own_keys)
         values = [*overrides, *own]
         draft = loading.draft(config_name, values, imports)
-        if needs_data:
-            check_indexed(draft.config, draft.data_command)
+        if check is not None:
+            check(name, draft)
+        check_names(draft.config.tracking.trackers)
         config = draft.completed()
-        check_names(config.tracking.trackers)
     except UserError as error:
         raise UserError(f"entries.{name}: {error}") from error
     return ("--config", config_name, *values, *import_flags(imports)), config

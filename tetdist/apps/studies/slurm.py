@@ -57,7 +57,6 @@ def dry_run(runs: list[StudyRun], output: Path, options: Namespace) -> int:
             continue
         after = [needed for needed in run.needs if not is_trained(needed)]
         folders = [needed.folder for needed in after]
-        command.check_images(run.config, options.images)
         cluster = command.cluster_of(run.config.cluster, options)
         plan = submission.prepare(run.config, cluster, folders, options.images)
         seconds.append(math.nan if speed is None else seconds_of(plan, speed))

@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from tetdist.config.loading import CONFIGS_DIR, data_command, parse
+from tetdist.config.loading import command_for, parse
 from tetdist.config.schema import RunConfig
 from tetdist.data.splits import evaluated_split, open_data, open_split
 from tetdist.datasets.class_folders import folders_called
-from tetdist.datasets.index import Index, index_file
+from tetdist.datasets.index import Index, check_root, index_file
 from tetdist.distributed.world import World
 from tetdist.errors import UserError
 from tetdist.wording import and_more, counted
@@ -49,12 +49,7 @@ def open_evaluated(config: RunConfig, split: str | None, world: World, *, own_da
     # Exports have the root data; runs have an absolute one.
     if own_data and data.root == "data" and not file.is_file():
         raise UserError("this network's file does not name its data; give --data FOLDER")
-    if not Path(data.root).is_dir():
-        recipe = CONFIGS_DIR / f"{config.name}.yaml"
-        # A run's root is absolute, and that command makes the data in the current folder.
-        is_recipe = recipe.is_file() and not Path(data.root).is_absolute()
-        make = f"make it with `{data_command(recipe)}`, or " if is_recipe else ""
-        raise UserError(f"data.root: there is no folder {data.root}; {make}give --data FOLDER")
+    check_root(Path(data.root), command_for(config.name, data.root), "give --data FOLDER")
     indexed = [one for one in ("train", "val") if index_file(data.index_dir, one).is_file()]
     if file.is_file() or indexed != ["train"] or Path(data.root, split or "val").is_dir():
         return open_split(config.data, split or "val", world)
