@@ -1,11 +1,13 @@
-"""What pyproject.toml cannot say: all packages of tetdist, and configs/ as one of them."""
+"""What pyproject.toml cannot say: all packages of tetdist, with its weights and configs/."""
 
-from setuptools import find_packages, setup
+from setuptools import find_namespace_packages, find_packages, setup
 
 CONFIGS = {"tetdist.configs": "configs", "tetdist.configs.studies": "configs/studies"}
 
+WEIGHTS = find_namespace_packages(include=["tetdist.pretrained*"])
+
 setup(
-    packages=[*find_packages(include=["tetdist*"]), *CONFIGS],
+    packages=[*find_packages(include=["tetdist*"]), *WEIGHTS, *CONFIGS],
     package_dir=CONFIGS,
     py_modules=["tetdist_command"],
     package_data={

@@ -149,8 +149,9 @@ def _run(name: str, arguments: list[str] | None) -> int:
         end_with_launchers()
         command = importlib.import_module(f"tetdist.apps.cli.{name}")
     except ModuleNotFoundError as error:
-        text = f"error: the package {error.name} is not installed; docs/install.md says how"
-        print(text, file=sys.stderr)
+        from tetdist.errors import sentence
+
+        print(f"error: {sentence(error)}", file=sys.stderr)
         return 2
     return int(command.main(arguments))
 

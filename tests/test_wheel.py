@@ -28,8 +28,9 @@ def installed(tmp_path_factory):
     for file in tracked("."):
         (source / file).parent.mkdir(parents=True, exist_ok=True)
         (source / file).write_bytes((tiny.PROJECT / file).read_bytes())
-    build = ("-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--no-index")
-    subprocess.run(tiny.python(*build, "-w", folder, source), check=True, timeout=240)
+    build = ("-m", "pip", "wheel", "-v", "--no-deps", "--no-build-isolation", "--no-index")
+    status, output = tiny.execute(tiny.python(*build, "-w", folder, source), folder, timeout=240)
+    assert (status, "is absent from the `packages`" in output) == (0, False), output
     (wheel,) = folder.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(folder / "site")
@@ -95,6 +96,7 @@ import timm, tetdist, tetdist_command
 print(len(timm.create_model("sew_resnet18").blocks), len(timm.list_models("sew_resnet*")))
 print(timm.create_model("spiking_convnet", pretrained=True).pretrained_cfg["file"])
 print(tetdist.losses.tet_loss.__name__, flush=True)
+tetdist_command.run("list", [])
 for name in others:
     del sys.modules[name]
 _, root, *train = sys.argv
@@ -141,7 +143,11 @@ def test_all_works_without_a_checkout(installed, tmp_path, tiny_config, tiny_roo
     env = tiny.clean_environment(PYTHONPATH=str(installed))
     with tiny.started(command, tmp_path, env, stdin=subprocess.PIPE) as process:
         weights = installed / "tetdist" / "pretrained" / "quickstart" / "model.safetensors"
-        for line in ("8 5", str(weights), "tet_loss"):
+        install = (
+            "pip install 'FOLDER_OR_WHEEL[train,cuda130]', with the folder or wheel of tetdist"
+        )
+        absent = f"error: the package pydantic is not installed; {install}"
+        for line in ("8 5", str(weights), "tet_loss", absent):
             assert process.stdout.readline() == f"{line}\n", process.stdout.read()
         pid = int(process.stdout.readline().removeprefix("process "))
         assert any("step 12/" in line for line in process.stdout)
