@@ -20,6 +20,7 @@ from urllib.parse import unquote, urlsplit
 
 import yaml
 from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.plugins import event_priority
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
@@ -43,6 +44,13 @@ RECIPES = "reference/recipes.md"
 LOW = ("results/", "results.md", "performance.md", "exactness.md", RECIPES)
 HIGH = {"training.md": 10, "reference/configuration.md": 3}
 HIGH |= {"contributing.md": 2, "guides/first_run.md": 2}
+# Words of questions that these pages answer in other words.
+ASKED = {
+    "training.md": ["change T", "lambda", "fewer"],
+    "guides/imagenet.md": ["8 GPUs"],
+    "kubernetes.md": ["two nodes without"],
+    "metrics.md": ["logs"],
+}
 SOURCE = "source"  # the folder of the pages that show linked code
 # The text of a link may be an image.
 _LINK = re.compile(r"(!?)\[((?:!\[[^\]]*\]\([^)]*\))?[^\]]*)\]\(([^)\s#]*)(#[^)\s]*)?\)")
@@ -81,6 +89,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         page.meta["search"] = {"boost": 0.01}
     elif uri in HIGH:
         page.meta["search"] = {"boost": HIGH[uri]}
+    page.meta["tags"] = ASKED.get(uri, [])
     at_root = {site: Path() for site in ROOT_PAGES.values()}
     folder = at_root.get(uri, (Path("docs") / uri).parent)
     parts = _CODE.split(markdown)
@@ -133,12 +142,16 @@ def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -
     return re.sub(r'href="([^":#]+\.md)(#[^"]*)?"', to_page, html)
 
 
+@event_priority(-100)  # after the search has written it
 def on_post_build(config: MkDocsConfig) -> None:
     """Warn of broken links and of Markdown shown as text; a warning fails a strict build.
 
-    mkdocs checks only links in Markdown, not those in notebooks and raw HTML.
+    mkdocs checks only links in Markdown, not those in notebooks and raw HTML. In the search's
+    texts, write & itself, since nobody searches for W&amp;B.
     """
     site = Path(config.site_dir)
+    index = site / "search" / "search_index.json"
+    index.write_text(index.read_text().replace("&amp;", "&"))
     pages = {file: _Page(file.read_text()) for file in site.rglob("*.html")}
     for file, page in pages.items():
         if file == site / "404.html":
