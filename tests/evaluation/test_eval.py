@@ -290,6 +290,11 @@ def test_a_threshold_of_early_exit_is_chosen_on_what_was_held_out(
     assert 3 >= spent[0] >= spent[1] >= spent[2] >= 1
     # At 0.3 nearly all of four classes are decided at once.
     assert found[100]["chosen_exit"]["threshold"] == 0.3
+    # In integers, too.
+    evaluate("--checkpoint", trained, "--json", file, "--int8", *options)
+    in_integers = json.loads(file.read_text())
+    assert in_integers["measured_exit"]["differing"] == 0
+    assert in_integers["measured_exit"]["top1"] == in_integers["chosen_exit"]["top1"]
     # Other classes or timesteps are counted.
     decide = early_exit.decide
     for wrong in (lambda c, t: (3 - c, t), lambda c, t: (c, t + 1)):

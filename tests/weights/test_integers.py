@@ -9,17 +9,20 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from kernel_runs import needs_compiler
 from safetensors.numpy import load_file
 from test_export import T, save
 from torch import nn
 
-from tetdist.apps.weights import export, integers
+from tetdist.apps.weights import export, integer_network, integers
 from tetdist.apps.weights.integers import convert
 from tetdist.apps.weights.trained import Trained, load
 from tetdist.errors import UserError
 from tetdist.nn.batch_norm import BatchNorm
+from tetdist.nn.fast import native_integers, native_zeros
 from tetdist.nn.integer_neurons import ILIF
 from tetdist.nn.neurons import LIF
+from tetdist.nn.precision import autocast
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 Array = np.ndarray[Any, Any]
@@ -122,7 +125,9 @@ def steps_of(session: Any, frames: Array, states: dict[str, Array]) -> tuple[Arr
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_exported_integers_are_the_definition_for_every_reader(case, output_of, tmp_path):
+def test_exported_integers_are_the_definition_for_every_reader(
+    case, output_of, tmp_path, monkeypatch
+):
     network, neuron = CASES[case]
     file = save(network, tmp_path, **neuron)
     folder, step = tmp_path / "whole", tmp_path / "step.onnx"
@@ -131,8 +136,28 @@ def test_exported_integers_are_the_definition_for_every_reader(case, output_of, 
     trained = load(file)
     defined = convert(trained, T)
     x = trained.examples(3)
+    needs_compiler(native_zeros.library())
+    monkeypatch.setattr(native_zeros, "_agreed", frozenset({torch.int8}))
     with torch.no_grad():
         real = defined(x, per_timestep=True).numpy()
+        stream = defined.stream()
+        for t in range(T):
+            is_new = t == 0 or defined.input_kind == "events"
+            mean = stream.step(
+                (x[:, t] if defined.input_kind == "events" else x) if is_new else None
+            )
+            np.testing.assert_array_equal(mean.numpy(), real[: t + 1].sum(0) / (t + 1))
+        stream = defined.stream()
+        stream.step(x[:, 0] if defined.input_kind == "events" else x)
+        stream.keep(torch.tensor([True, False, True]))
+        mean = stream.step(x[[0, 2], 1] if defined.input_kind == "events" else None)
+        np.testing.assert_array_equal(mean.numpy(), real[:2, [0, 2]].sum(0) / 2)
+        # In plain torch, without any kernel, and under autocast.
+        monkeypatch.setattr(native_zeros, "_agreed", frozenset())
+        monkeypatch.setattr(native_integers, "library", lambda: None)
+        with autocast(x.device, "bf16"):
+            plain = defined(x, per_timestep=True).numpy()
+    np.testing.assert_array_equal(plain, real)
     expected = np.rint(real / defined.description["logit"]).astype(np.int64)
     assert len(np.unique(expected)) > 3
     frames = defined.frames(x).numpy()
@@ -246,7 +271,7 @@ def test_no_inputs_exceed_the_proven_range(reset):
         for inputs in itertools.product((low, 0 * low, high), repeat=5):
             u = None
             for x in inputs:
-                _, u = integers._fire(layer, whole, [x.int()[None]], u)
+                _, u = integer_network._fire(layer, whole, [x.int()[None, None]], u, 1)
                 highest = torch.maximum(highest, u.abs()[0])
         assert (highest <= reach).all()
         assert (highest > reach // 4).any()  # The proof is not idle.
@@ -278,7 +303,7 @@ def test_sums_and_spikes_are_proven_and_streams_are_rounded():
     values = {key: builder.tensors[f"y.{key}"] for key in ("gains", "bias")}
     x = torch.arange(256).view(-1, 1, 1, 1).expand(-1, 2, 1, 1)
     real = (x * by_channel.view(-1, 1, 1) + current.bias.view(-1, 1, 1)) / unit
-    assert (integers._stream({}, values, x) - real).abs().max() <= 0.501
+    assert (integer_network._stream({}, values, x) - real).abs().max() <= 0.501
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 import tetdist
 from tetdist import models
-from tetdist.apps.weights.integers import IntegerNetwork, convert
+from tetdist.apps.weights.integer_network import IntegerNetwork
+from tetdist.apps.weights.integers import convert
 from tetdist.apps.weights.trained import Trained
 from tetdist.config.identity import without_machine
 from tetdist.datasets.layouts import CLASSES_FILE

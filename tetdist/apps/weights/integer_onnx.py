@@ -12,7 +12,7 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
-from tetdist.apps.weights.integers import MEMBRANE_BITS, STREAM_BITS, IntegerNetwork
+from tetdist.apps.weights.integer_network import MEMBRANE_BITS, STREAM_BITS, IntegerNetwork
 
 _Array = np.ndarray[Any, Any]
 _TYPES = {

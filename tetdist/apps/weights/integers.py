@@ -1,36 +1,20 @@
-"""A trained network in integers: its definition, and the conversion to it.
-
-Weights are int8 with a scale for each output channel. Batch norms and scales are folded into int32
-biases and thresholds. With ``a`` the int32 sums of weights times inputs, and F fraction bits, a
-timestep of a layer of neurons is
-
-    v = (m * u >> r) + 2^F * a + bias         decay m / 2^r; the shift rounds down
-    n = number of thresholds that v exceeds   0 or 1; I-LIF: up to D
-    u = 0 if n > 0 else v                     hard reset
-    u = v - n * step                          soft reset
-
-Decays that are multiples of 1/4096, such as 0.5, are exact. Inputs are pixels or counts of events
-(uint8), then numbers of spikes. Means over windows are sums, whose divisor is in the next scale.
-The current between blocks with membrane shortcuts is int16: a block's sums are added to it by
-``(sum of gain * a + bias) >> 24``, in units for which its proven range fits.
+"""The conversion of a trained network to integers; integer_network.py defines what they compute.
 
 The conversion proves the range of every sum and membrane from the weights alone. A range that does
 not fit is an error, so nothing overflows for any input.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tetdist.apps.weights.integer_network import MEMBRANE_BITS, STREAM_BITS, IntegerNetwork
 from tetdist.apps.weights.structure import Traversal, folded, pooled
 from tetdist.apps.weights.trained import Trained
-from tetdist.errors import UserError
 from tetdist.models import (
     VGGSNN,
     MSResNet,
@@ -51,136 +35,8 @@ from tetdist.nn.packed import MaxPool
 # so weights of inputs above 127 are smaller.
 _MOST, _MOST_OF_BYTES = 127, 63
 _SUM, _STREAM = 2**31 - 1, 2**15 - 1  # int32 and int16
-MEMBRANE_BITS = 30  # Plus 2^30, membranes are unsigned, which ONNX can shift.
-_DECAY_BITS, STREAM_BITS, _FRACTION_BITS = 12, 24, 8
+_DECAY_BITS, _FRACTION_BITS = 12, 8
 _COARSEST = 2**20  # units of a threshold or bias at most
-
-
-class IntegerNetwork(nn.Module):
-    """The definition: a network that computes in integers.
-
-    Args:
-        description: T, classes, input, layers in order, and units.
-        tensors: Integers of the layers, by ``LAYER.NAME``.
-    """
-
-    def __init__(self, description: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-        super().__init__()
-        self.description = description
-        self.timesteps: int = description["timesteps"]
-        self.num_classes: int = description["classes"]
-        self.input_kind: str = description["input"]["kind"]
-        self.layers: list[dict[str, Any]] = description["layers"]
-        whole: dict[str, dict[str, nn.Parameter]] = {layer["name"]: {} for layer in self.layers}
-        for name, value in tensors.items():
-            owner, _, key = name.partition(".")
-            whole[owner][key] = nn.Parameter(value, requires_grad=False)
-        values = nn.ModuleDict({name: nn.ParameterDict(of) for name, of in whole.items()})
-        self.values: Any = values
-
-    def numbers(self, layer: str) -> dict[str, Any]:
-        """Return a layer's integers as arrays."""
-        return {key: value.detach().numpy() for key, value in self.values[layer].items()}
-
-    def set_timesteps(self, timesteps: int) -> None:
-        """Change T, up to the T that ranges are proven for."""
-        if timesteps > (proven := self.description["timesteps"]):
-            raise UserError(f"timesteps: ranges are proven for up to {proven}, not {timesteps}")
-        self.timesteps = timesteps
-
-    def forward(self, x: Tensor, per_timestep: bool = False) -> Tensor:
-        """Return logits as a `SpikingNetwork` does, in float64."""
-        frames, logits = self.frames(x), []
-        states: dict[str, Tensor] = {}
-        for t in range(self.timesteps):
-            sums, states = self.step(frames[t if len(frames) > 1 else 0], states)
-            logits.append(sums * self.description["logit"])
-        return torch.stack(logits) if per_timestep else torch.stack(logits).mean(0)
-
-    def frames(self, x: Tensor) -> Tensor:
-        """Return the bytes of normalised images, (1, B, C, H, W), or of counts, (T, B, ...)."""
-        entry = self.description["input"]
-        if self.input_kind == "events":
-            return x.round().clamp(0, 255).to(torch.uint8).transpose(0, 1)
-        mean, std = (x.new_tensor(entry[key]).double().view(-1, 1, 1) for key in ("mean", "std"))
-        return (255 * (x * std + mean)).round().clamp(0, 255).to(torch.uint8)[None]
-
-    def step(self, frame: Tensor, states: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Run one timestep.
-
-        Args:
-            frame: Bytes, (B, C, H, W).
-            states: Membranes after the previous timestep, by layer; empty: at rest.
-
-        Returns:
-            The timestep's logits in units, (B, K), and the membranes after it.
-        """
-        values_of, after = {"frame": frame.int()}, {}
-        for layer in self.layers:
-            name = layer["name"]
-            values = dict(self.values[name].items())
-            inputs = [values_of[one] for one in layer["inputs"]]
-            if layer["op"] == "neurons":
-                values_of[name], after[name] = _fire(layer, values, inputs, states.get(name))
-            else:
-                values_of[name] = _LAYERS[layer["op"]](layer, values, *inputs)
-        return values_of[name].double(), after
-
-
-def _exactly(function: Callable[..., Tensor], *of: Tensor) -> Tensor:
-    """Compute sums of integers in float64, where proven ones are exact on any device."""
-    return function(*(one.double() for one in of)).round().int()
-
-
-def _over(values: Tensor, x: Tensor) -> Tensor:
-    """Return values by channel as they broadcast over a signal (B, C, ...)."""
-    return values.view(-1, *(1,) * (x.ndim - 2))
-
-
-def _stream(_: dict[str, Any], values: dict[str, Tensor], *x: Tensor) -> Tensor:
-    gained = (_over(gain, one) * one.long() for gain, one in zip(values["gains"], x, strict=True))
-    return (sum(gained, _over(values["bias"], x[0])) >> STREAM_BITS).int()
-
-
-# A layer's output, from the layer, its integers and its inputs.
-_LAYERS: dict[str, Callable[..., Tensor]] = {
-    "offset": lambda _, values, x: x - _over(values["zero"], x),
-    "conv": lambda layer, values, x: _exactly(
-        partial(F.conv2d, stride=layer["stride"], padding=layer["padding"]), x, values["weight"]
-    ),
-    "linear": lambda _, values, x: _exactly(F.linear, x.flatten(1), values["weight"]),
-    "scale": lambda _, values, x: x * _over(values["gain"], x),
-    "stream": _stream,
-    "add": lambda _layer, _values, x, y: x + y,
-    "max_pool": lambda layer, _, x: _exactly(
-        lambda x: F.max_pool2d(x, layer["kernel"], layer["stride"], layer["padding"]), x
-    ),
-    "sum_pool": lambda layer, _, x: _exactly(
-        lambda x: F.avg_pool2d(x, layer["kernel"], divisor_override=1), x
-    ),
-    "logits": lambda _, values, x: x + values["bias"],
-}
-
-
-def _fire(
-    layer: dict[str, Any], values: dict[str, Tensor], x: list[Tensor], membrane: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """Return numbers of spikes, and the membranes after them."""
-    factor, bits = layer["decay"]
-    v = _over(values["bias"], x[0])
-    if membrane is not None:
-        v = v + (factor * membrane.long() >> bits).int()
-    for current, shift in zip(x, layer["shifts"], strict=True):
-        v = v + (current << shift)
-    spikes = torch.zeros_like(v)
-    for threshold in values["thresholds"]:
-        spikes += v > _over(threshold, v)
-    if "step" in values:
-        return spikes, v - spikes * _over(values["step"], v)
-    return spikes, torch.where(spikes > 0, 0, v)
-
-
-# --- conversion -----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,7 +20,7 @@
 #include <cstring>
 #include <vector>
 
-#ifdef __AVX512VBMI2__
+#ifdef __AVX512F__
 #include <immintrin.h>
 #endif
 
@@ -74,12 +74,21 @@ template <class T, class S> inline typename Vector<S>::type load(const T* from) 
         typedef uint32_t Bits __attribute__((vector_size(64)));
         Half half;
         std::memcpy(&half, from, sizeof half);
-        return (typename Vector<S>::type)(__builtin_convertvector(half, Bits) << 16);
+#ifdef __AVX512F__  // GCC converts vectors of other types piece by piece.
+        const Bits bits = (Bits)_mm512_cvtepu16_epi32((__m256i)half);
+#else
+        const Bits bits = __builtin_convertvector(half, Bits);
+#endif
+        return (typename Vector<S>::type)(bits << 16);
     } else {
         typedef int8_t Quarter __attribute__((vector_size(16)));
         Quarter quarter;
         std::memcpy(&quarter, from, sizeof quarter);
+#ifdef __AVX512F__
+        return (typename Vector<S>::type)_mm512_cvtepi8_epi32((__m128i)quarter);
+#else
         return __builtin_convertvector(quarter, typename Vector<S>::type);
+#endif
     }
 }
 
