@@ -29,6 +29,13 @@ class DeviceMix(NamedTuple):
         return samples.flip(0) if self.mirrored else samples.roll(1, 0)
 
 
+def mixed(images: Tensor, labels: Tensor, mix: Mix, num_classes: int) -> tuple[Tensor, Tensor]:
+    """Return mixed images, and their targets of the same type, on their device."""
+    there = on_device(mix, images.device)
+    targets = mixed_targets(labels, there, num_classes, images.dtype)
+    return mixed_images(images, there), targets
+
+
 def on_device(mix: Mix, device: torch.device) -> DeviceMix:
     """Copy a micro-batch's numbers to the device, all at once."""
     numbers = np.column_stack([mix.share, mix.pixels, mix.boxes])

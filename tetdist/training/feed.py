@@ -56,12 +56,10 @@ class Feed:
         """Bring a batch to the device and mix it."""
         device = self.run.world.device
         images = batch.inputs(device, parameter_type(self.run.config.precision))
-        targets = on_device(batch.labels, device)
-        if batch.mix is not None:
-            mix = mixing.on_device(batch.mix, device)
-            targets = mixing.mixed_targets(targets, mix, self.run.model.num_classes, images.dtype)
-            images = mixing.mixed_images(images, mix)
-        return images, targets
+        labels = on_device(batch.labels, device)
+        if batch.mix is None:
+            return images, labels
+        return mixing.mixed(images, labels, batch.mix, self.run.model.num_classes)
 
     def close(self) -> None:
         """Close the loader, with its threads and processes."""

@@ -22,7 +22,7 @@ from tetdist.optimizers import make_optimizer
 from tetdist.training.ema import WeightAverage
 from tetdist.training.engines import make_engine
 from tetdist.training.engines.base import EngineParts
-from tetdist.training.step import LOSS, SAMPLES, Step
+from tetdist.training.step import LOSS, SAMPLES, MicroBatch, Step
 
 SGD = {"kind": "sgd", "lr": 0.01}
 
@@ -122,8 +122,12 @@ class MadeUp:
         self._batches = itertools.cycle([self.batch_of(step.world.rank, i) for i in range(3)])
         self._numbers = itertools.count()
 
-    def batch_of(self, rank: int, number: int) -> tuple[Tensor, Tensor]:
-        """Return images, or event frames, and targets of a process; each process has other ones."""
+    def batch_of(
+        self, rank: int, number: int, mixed: Callable[..., MicroBatch] = mixing.mixed
+    ) -> MicroBatch:
+        """Return images, or event frames, and targets of a process; each process has other ones.
+
+        ``mixed`` mixes them."""
         config, device = self.step.config, self.step.world.device
         channels = timm.get_pretrained_cfg(config.model.name).input_size[-3]
         generator = torch.Generator().manual_seed(3 * rank + number)
@@ -134,12 +138,11 @@ class MadeUp:
         if not frames:
             images = images.contiguous(memory_format=torch.channels_last)
         labels = (torch.arange(batch, device=device) + rank + number) % 10
-        mix = micro_batch_mix(0, 0, np.arange(batch), (self.size, self.size), config.data)
+        positions = np.arange(batch) + batch * number
+        mix = micro_batch_mix(0, 0, positions, (self.size, self.size), config.data)
         if mix is None:
             return images, labels
-        there = mixing.on_device(mix, device)
-        targets = mixing.mixed_targets(labels, there, self.step.model.num_classes, dtype)
-        return mixing.mixed_images(images, there), targets
+        return mixed(images, labels, mix, self.step.model.num_classes)
 
     def take(self, lr: float = 0.01) -> Tensor:
         """Take a step; return its sums, as `Step.take`, without waiting for the device."""

@@ -213,9 +213,8 @@ def check_numerics(here: Machine) -> Finding:
     if wrong:
         text = f"{len(wrong)} of {len(layers)} layers are wrong: {wrong[0]}"
         return Finding("bad", text, REMEDY, {"wrong_layers": wrong})
-    text = (
-        f"{len(layers)} layers are as defined, within {max(deviations.values()):.2f} of the limits"
-    )
+    furthest = max(deviations.values())
+    text = f"{len(layers)} layers are as defined, within {furthest:.2f} of the limits"
     return Finding("ok", text, None, {"of_limits": deviations})
 
 
@@ -290,6 +289,5 @@ def results(layer: Layer, inputs: Mapping[str, Tensor], seed: int) -> dict[str, 
     torch.autograd.backward(ends, gradients)
     named = itertools.chain(leaves.items(), layer.named_parameters())
     results |= {f"gradient of {name}": x.grad for name, x in named if x.grad is not None}
-    return {
-        name: x.detach().double() for name, x in (results | dict(layer.named_buffers())).items()
-    }
+    results |= dict(layer.named_buffers())
+    return {name: x.detach().double() for name, x in results.items()}

@@ -75,9 +75,8 @@ def run_checks(
                 faulthandler.cancel_dump_traceback_later()
             add(name, here.world.gather(finding))
             if here.on_gpu:
-                # Free the memory for the next check.
                 gc.collect()
-                torch.cuda.empty_cache()
+                torch.cuda.empty_cache()  # for the next check
 
 
 def reported(findings: Sequence[Finding]) -> dict[str, Any]:

@@ -28,8 +28,7 @@ SLOW = "repeat the command, which then finds the compiled kernels; if that is no
 REPORT = "report this with the JSON file; it does not affect runs that are not stopped"
 # Variables by which a run would take itself for one of several processes.
 LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
-# That which decodes. No test trains with a GPU's decoder, which needs a GPU.
-DEVICES = ("cpu", "gpu")
+DEVICES = ("cpu", "gpu")  # that decode; no test trains with the second, which needs a GPU
 # Levels of 255 by which images may differ on average. Both decoders are within the standard's
 # tolerance, but their filters differ.
 LARGEST_DIFFERENCES = {"whole images": 2.0, "augmented images": 3.0}

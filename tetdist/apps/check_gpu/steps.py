@@ -2,7 +2,6 @@
 whole networks compute what their plain definitions do; and CUDA graphs repeat steps bitwise."""
 
 import contextlib
-import itertools
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from tetdist.apps.benchmarks.made_up import MadeUp, initial, training_step
 from tetdist.apps.check_gpu.check import Finding, Machine
+from tetdist.data.transforms import Mix
 from tetdist.nn import batch_norm, dropout
 from tetdist.nn.precision import autocast, choose_algorithms, place
 from tetdist.optimizers import TIMM, kind_of
@@ -69,8 +69,6 @@ EQUAL = {name: name.removesuffix(", cuda_graphs") for name in CASES} | {"cuda_gr
 # add them up in another order, in float16 with another scale of the loss; in float64 the other
 # gradients are the definition's.
 LIMITS = {"bf16": 1e-2, "fp64": 1e-9, "fp32": 1e-2, "tf32": 1e-2, "fp16": 2e-2}
-# Factor of a float16 loss, so that small gradients do not vanish.
-LOSS_SCALE = {"fp16": 2.0**12}
 LEARNING_RATE = 0.1
 
 
@@ -155,22 +153,20 @@ def alone(step: MadeUp) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Return weights and running statistics before and after the first step, if this process does
     the work of all, by plain autograd and addition, and in float64 by the definitions."""
     config, world = step.step.config, step.step.world
-    model, scale = initial(config), LOSS_SCALE.get(config.precision, 1.0)
+    # Times a large number, small gradients do not vanish in float16.
+    model, scale = initial(config), 2.0**12 if config.precision == "fp16" else 1.0
     model.set_timesteps(step.step.timesteps(0))
     drops = dropout.dropping(model)
     if config.precision == "fp64":
         model.set_execution("reference")
     place(model, world.device, config.precision)
     before = {name: x.clone() for name, x in model.state_dict().items()}
-    gathered, numbers = [], itertools.count()  # of micro-batches
+    gathered, together = list[Any](), config.batch_norm.sync
     for number in range(len(step.step.micro_batches)):
-        of_ranks = [step.batch_of(rank, number) for rank in range(world.world_size)]
-        if config.batch_norm.sync:
-            images_of, labels_of = zip(*of_ranks, strict=True)
-            of_ranks = [(torch.cat(images_of), torch.cat(labels_of))]
-        gathered += of_ranks
-    for images, labels in gathered:
-        for factors in step.step._draw(0, next(numbers)):
+        of_ranks = [step.batch_of(rank, number, mixed) for rank in range(world.world_size)]
+        gathered += [map(torch.cat, zip(*of_ranks, strict=True))] if together else of_ranks
+    for number, (images, labels) in enumerate(gathered):
+        for factors in step.step._draw(0, number):
             dropout.set_factors(drops, factors)
         with autocast(world.device, config.precision):
             logits = model(images, per_timestep=True)
@@ -186,6 +182,18 @@ def alone(step: MadeUp) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         for parameter in model.parameters():
             parameter -= LEARNING_RATE * parameter.grad
     return before, model.state_dict()
+
+
+def mixed(images: Tensor, labels: Tensor, mix: Mix, num_classes: int) -> tuple[Tensor, Tensor]:
+    """Mix each sample with the one before it, by the definitions of mixup and CutMix."""
+    out, targets = images.clone(), images.new_zeros(len(images), num_classes)
+    for i, (top, left, bottom, right) in enumerate(mix.boxes.tolist()):
+        kept, share = images.new_tensor([mix.pixels[i], mix.share[i]])
+        out[i] = kept * images[i] + (1 - kept) * images[i - 1]
+        out[i, :, top:bottom, left:right] = images[i - 1, :, top:bottom, left:right]
+        targets[i, labels[i]] += share
+        targets[i, labels[i - 1]] += 1 - share
+    return out, targets
 
 
 def _size(x: Tensor) -> float:

@@ -31,10 +31,8 @@ def check_versions(here: Machine) -> Finding:
             same["driver"] = remedies.smi("driver_version").splitlines()[0].strip()
         text = f"{same['gpu']}, driver {same['driver']}, {text}, NCCL {same['nccl']}"
     numbers = environment() | same | {"torch_cuda": torch.version.cuda}
-    for wrong, remedy in (
-        *_misfits(here, same.get("nccl")),
-        *_unlike(same, here.world.gather(same)),
-    ):
+    unlike = _unlike(same, here.world.gather(same))
+    for wrong, remedy in (*_misfits(here, same.get("nccl")), *unlike):
         return Finding("bad", wrong, remedy, numbers)
     return Finding("ok", text, None, numbers)
 
@@ -59,10 +57,8 @@ def _misfits(here: Machine, nccl: str | None) -> Iterator[tuple[str, str]]:
             text = f"{this_torch} is built for sm_{', sm_'.join(built)}"
             right = remedies.torch_for(remedies.driver_and_gpu()[0], (major, minor))
             yield f"{text}, but this GPU is sm_{major}{minor}", right
-        triton, needs = (
-            installed.get("triton"),
-            "\n".join(importlib.metadata.requires("torch") or ()),
-        )
+        triton = installed.get("triton")
+        needs = "\n".join(importlib.metadata.requires("torch") or ())
         required = re.search(r"^triton\s*\(?==([\w.]+)", needs, re.MULTILINE)
         if not triton or (required and required[1] != triton):
             exact = f"=={required[1]}" if required else ""
