@@ -30,7 +30,7 @@ def test_command_draws_a_sample(output_of, tiny_config, tiny_root, main, tmp_pat
     assert main(tiny_config({"plots": False}), "max_steps=1").status == 0
     run = tmp_path / "runs" / "tiny"
     assert f"wrote {run}/sample-0.png and" in output_of("show", run, "--output", run)
-    printed = output_of("show", run, "--sample", 1, "--output", "it")
+    printed = output_of("show", run, "--sample", 1, "--output", "it.png")
     seen = sample_plot.see(run, "last", 1, "val", None, [])
     timesteps = len(seen.probabilities)
     assert printed.startswith(f"{seen.title}\n")
@@ -53,10 +53,21 @@ def test_command_draws_a_sample(output_of, tiny_config, tiny_root, main, tmp_pat
     x = torch.tensor((image - data.mean) / data.std).float().permute(2, 0, 1)[None]
     with torch.no_grad():
         logits = trained.model(x, per_timestep=True)[:, 0]
+    assert [*seen.rows][-1].endswith(f"the input speaks for {seen.classes[answer]} (orange)")
     for t, probabilities in enumerate(seen.probabilities, start=1):
         np.testing.assert_allclose(probabilities, logits[:t].mean(0).softmax(-1), atol=1e-4)
     printed = output_of("show", run, "--sample", 1000, status=2)
     assert "there is no sample 1000 in val, which has" in printed
+
+
+def test_colours_of_events_are_named(tiny_config, main, tmp_path):
+    assert main(tiny_config({"data.images_as_events": {}}), "max_steps=1").status == 0
+    seen = sample_plot.see(tmp_path / "runs" / "tiny", "last", 1, "val", None, [])
+    title, frames = next(iter(seen.rows.items()))
+    assert title == "input: ON events blue, OFF events orange"
+    on, off = (np.stack(frames)[..., channel] == 0 for channel in (0, 2))  # no red, no blue
+    assert on.any()
+    assert off.any()
 
 
 @pytest.fixture

@@ -25,7 +25,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--data", metavar="ROOT", help="folder that holds val/; default: training's")
     text = "split of the sample (default: val, or without one what the run held out)"
     add("--split", help=text)
-    text = "PNG and GIF to write, without suffix, or a folder for sample-K (default: here)"
+    text = "PNG and GIF to write, one name for both, or a folder for sample-K (default: here)"
     add("--output", metavar="PATH", type=Path, help=text)
     add_import(parser)
     return parser.parse_args(arguments)
@@ -42,6 +42,7 @@ def show(options: argparse.Namespace) -> None:
         check_own_data(folder)
     if (output := options.output or Path()).is_dir():
         output /= f"sample-{options.sample}"
+    output = output.with_suffix("") if output.suffix in (".png", ".gif") else output
     png, gif = (output.with_name(f"{output.name}.{kind}") for kind in ("png", "gif"))
     for file in (png, gif):
         files.check_writable("--output", file)

@@ -30,6 +30,7 @@ from tetdist.wording import counted
 
 Images = list[npt.NDArray[Any]]
 LAYERS = 3  # number of layers whose spikes are shown, spread from the first to the last
+EVENTS = "input: ON events blue, OFF events orange"
 COLUMNS = 6  # maximum number of timesteps in the PNG
 WIDTH, DPI = 6.5, 128  # 832 pixels; the text is still legible at half that size
 
@@ -97,14 +98,14 @@ def see(
     ) as batches:
         x = next(batches).inputs(torch.device("cpu"), torch.float32)
     if x.ndim == 5:
-        frames = rgb_events(x[0, : model.timesteps], config.data)
+        title, frames = EVENTS, rgb_events(x[0, : model.timesteps], config.data)
     else:
-        frames = [rgb_images(x, config.data)[0]] * model.timesteps
+        title, frames = "input", [rgb_images(x, config.data)[0]] * model.timesteps
     classes = [*index.classes]
     classes += [f"class {k}" for k in range(len(classes), model.num_classes)]
     spikes, logits = _spikes(model, x)
     probabilities = running_means(logits)[:, 0].softmax(-1).numpy()
-    rows = {"input": frames}
+    rows = {title: frames}
     for layer, values in spikes.items():
         title = f"{layer}: {values.mean():.2f} spikes per neuron and timestep"
         rows[title] = _tinted(np.ones((*values.shape, 3)), values, RATE)
@@ -113,7 +114,7 @@ def see(
         smooth = F.interpolate(torch.from_numpy(activation)[None], size=size, mode="bilinear")[0]
         grey = np.stack(frames).mean(-1, keepdims=True).repeat(3, -1)
         answer = classes[probabilities[-1].argmax()]
-        title = f"class activation: where the input speaks for {answer}"
+        title = f"class activation: where the input speaks for {answer} (orange)"
         rows[title] = _tinted(0.5 + 0.5 * grey, smooth.numpy(), VALIDATION)
     title = f"{index.path(number)}, class {classes[index.labels[number]]}"
     return Seen(title, classes, rows, probabilities)
