@@ -329,6 +329,7 @@ OWN = {
     "width: float = 1.0": "no description; declare it as width: float = neurons.option(1.0, ",
     "def parameters(self, c): return {'w': torch.ones(3)}": "of Own has the shape (3,); it must be",
     "def run(self, x, u): return (x > 1).double(), x[0]": "own passes no gradient; make its",
+    "def run(self, x, u): return x.abs().sqrt(), x[0]": "own passes a gradient that is not finite",
     "def run(self, x, u): return x.relu()": "own returns one tensor; return (spikes, membrane)",
     "def run(self, x, u): return x.relu()[1:], x[0]": "own returns spikes of another shape than",
     "def run(self, x, u): return x.relu(), x[:2]": "without the 7 samples on axis sample_axis=0",

@@ -49,7 +49,7 @@ ASKED = {
     "training.md": ["change T", "lambda", "fewer"],
     "guides/imagenet.md": ["8 GPUs"],
     "kubernetes.md": ["two nodes without"],
-    "metrics.md": ["logs"],
+    "metrics.md": ["logs", "W&B"],
 }
 SOURCE = "source"  # the folder of the pages that show linked code
 # The text of a link may be an image.

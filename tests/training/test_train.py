@@ -287,6 +287,7 @@ def test_non_finite_loss_names_step_rate_and_checkpoint(main, tiny_config, tmp_p
     last = int(outcome.text.split("last at step ")[1].split()[0])
     assert f"the last checkpoint is of step {last - 1}, in {run / 'checkpoints'}" in outcome.text
     assert re.search(r"Rank 0: loss .*; largest gradients .*stem.*; largest weights ", outcome.text)
+    assert "Try a smaller phases.*.optimizer.lr" in outcome.text
     for value in load_file(tiny.newest(run) / "model.safetensors").values():
         assert torch.isfinite(value).all()
     # The steps that changed nothing are counted, and have left nothing but that.
@@ -326,6 +327,8 @@ sys.exit(train.main(["--config", {str(file)!r}]))
     assert re.search(f"Rank 1: loss .*{named}", first)
     assert "Rank 0:" not in first
     assert "no checkpoint has been saved yet" in first
+    look = f"look at the samples and the initial weights and at {tiny.RECORD}\n"
+    assert f"No step has changed a weight, whatever the learning rate: {look}" in first
     assert sorted(tiny.samples(tmp_path / "runs/tiny")) == [1, 2, 3, 4, 5]
     assert not (tmp_path / "runs/tiny/checkpoints").exists()
 

@@ -52,6 +52,8 @@ def check_neuron(neuron: neurons.NeuronConfig, timesteps: int) -> None:
         elif not grad.any():
             fault = "passes no gradient"
             remedy = "make its spikes by neurons.spike(u - threshold, config)"
+        elif not grad.isfinite().all():
+            fault, remedy = "passes a gradient that is not finite", "correct its backward pass"
         elif neuron.segments and shape[axis : axis + 1] != (7,):
             fault = f"returns a state, {shape}, without the 7 samples on axis sample_axis={axis}"
         elif neuron.segments and half:

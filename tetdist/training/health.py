@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from tetdist.errors import UserError
 from tetdist.nn.batch_norm import BatchNorm, RunningState
 from tetdist.nn.norm_neuron import FusedLayer
+from tetdist.plugins import imported_modules
 from tetdist.wording import counted
 
 LIMIT = 5  # non-finite steps in a row that end a run
@@ -67,11 +68,18 @@ class NonFiniteSteps:
         saved = "no checkpoint has been saved yet"
         if saved_step is not None:
             saved = f"the last checkpoint is of step {saved_step}, in {checkpoints}"
+        advice = (
+            "Try a smaller phases.*.optimizer.lr, a warm-up (phases.*.warmup_epochs) or "
+            "gradient_clipping"
+        )
+        if self.limit_reached_at == LIMIT:
+            own = (str(module.__file__) for module in imported_modules())
+            parts = " and at ".join(["the samples and the initial weights", *own])
+            advice = f"No step has changed a weight, whatever the learning rate: look at {parts}"
         raise UserError(
             f"the loss or its gradient was not finite in {counted(LIMIT, 'step')} in a row, last "
             f"at step {self.limit_reached_at} (learning rate {lr:.4g}). They changed no weight, "
-            f"and {saved}. {'; '.join(findings)}. Try a smaller phases.*.optimizer.lr, a warm-up "
-            "(phases.*.warmup_epochs) or gradient_clipping"
+            f"and {saved}. {'; '.join(findings)}. {advice}"
         )
 
     def state_dict(self) -> dict[str, int]:
