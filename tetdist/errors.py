@@ -54,13 +54,27 @@ class WrongValue(UserError):
 
     Args:
         key: The dotted key, within the section or neuron that refuses its value.
-        text: Remainder of the sentence, such as "must be above 0".
+        text: Remainder of the sentence, without the value: "must be above 0".
+        value: The value; it comes last if the text begins with "must", else before the text.
     """
 
-    def __init__(self, key: str, text: str) -> None:
-        verbs = ("must", "needs", "has no ", "is missing")
-        super().__init__(f"{key}{' ' if text.startswith(verbs) else ': '}{text}")
-        self.key, self.text = key, text
+    def __init__(self, key: str, text: str, value: object = "") -> None:
+        if value == "":
+            verbs = ("must", "needs", "has no ", "is missing")
+            super().__init__(f"{key}{' ' if text.startswith(verbs) else ': '}{text}")
+        elif text.startswith("must"):
+            super().__init__(f"{key} {text}, not {value}")
+        else:
+            super().__init__(f"{key}: {value} {text}")
+        self.key, self.text, self.value = key, text, value
+
+    def within(self, *sections: str) -> "WrongValue":
+        """Return the error with the names of sections before its key."""
+        return WrongValue(".".join([*sections, self.key]), self.text, self.value)
+
+    def names(self, key: str) -> bool:
+        """Return whether the text names another key, which the value contradicts."""
+        return key in re.findall(r"[\w.]+", self.text)
 
 
 class PeerFailed(Exception):

@@ -114,11 +114,13 @@ def _of_timm(name: str, key: str) -> OptimizerKind:
     if name in NOT_CONTINUED:
         raise WrongValue(
             key,
-            f"{TIMM}{name} does not resume exactly: after a stop it trains to other weights "
-            "(seen with timm 1.0); choose another optimiser",
+            "does not resume exactly: after a stop it trains to other weights (seen with timm "
+            "1.0); choose another optimiser",
+            f"{TIMM}{name}",
         )
     if described.second_order:
-        raise WrongValue(key, f"{TIMM}{name} needs second derivatives (unsupported); use another")
+        text = "needs second derivatives (unsupported); use another"
+        raise WrongValue(key, text, f"{TIMM}{name}")
     reads: tuple[str, ...] = ("momentum",) if described.has_momentum else ()
     reads += ("betas",) if described.has_betas and described.num_betas == 2 else ()
 

@@ -54,6 +54,8 @@ MISTAKEN = {
     # The right key, at every depth; the right word at the wrong place.
     "sede=1": "sede=1: unknown key; did you mean 'seed'?",
     "epocs=1": "unknown key; did you mean 'phases.0.epochs'?",
+    "model.timestep=4": "model.timestep=4: unknown key; set phases.0.timesteps",
+    "phases={0: {epochs: 1}}": "must be a list; to change a key of an item, set phases.0.epochs=1",
     "loss.power=3": "unknown key; did you mean loss.arguments.power? known keys: kind",
     "model.neuron.rise=0.2": "unknown key; known keys: threshold, decay",  # not reset
     "save.every=3": "unknown key; did you mean 'save.every_steps'?",
@@ -157,16 +159,16 @@ CONTRADICTIONS = (
     ("{}: needs data.kind=images", "data.images_as_events={}", "data.kind=events"),
     ("phases.0.timesteps=9: exc", "data.images_as_events={}", "phases.0.timesteps=9"),
     ("probability=0.5: cannot", "data.images_as_events={}", "data.erasing.probability=0.5"),
-    ("data.repeats=9: must not be above batch.global, 8", "data.repeats=9"),
+    ("data.repeats=9: is above batch.global, 8", "data.repeats=9"),
     ("0.1]: cannot go", "data.auto_augment=rand-m9", "data.color_jitter=[0, 0, 0, 0.1]"),
-    ("=16: must be below data.image_size, 16", "data.crop=padded", "data.padding=16"),
+    ("=16: is not below data.image_size, 16", "data.crop=padded", "data.padding=16"),
     ("phases.0.warmup_epochs=2.0: 2 must be below the schedule's 2", "phases.0.warmup_epochs=2.0"),
     (
         "1 and cooldown_epochs, 1, must be",
         "phases.0.warmup_epochs=1.0",
         "phases.0.cooldown_epochs=1",
     ),
-    ("min_lr=0.03: must not be above the peak of", "phases.0.min_lr=0.03", LR),
+    ("min_lr=0.03: is above the peak of", "phases.0.min_lr=0.03", LR),
     ("start_phase=1: must be at most 0: this run has one phase, number 0", "start_phase=1"),
     (
         "phases.0.optimizer=continue: needs a phase before it",

@@ -300,6 +300,7 @@ def test_what_is_refused_before_anything_is_written(tiny_config, tmp_path, capfd
         (["sttus"], "there is no command sttus; did you mean status?"),
         (["--config", "x", "--gpus", "8"], "did you mean --gpus-per-node?"),
         (["--config", "x", "--gres", "gpu:8"], "; write cluster.sbatch.gres=VALUE"),
+        (["--config", "x", "--benchmark", "x"], "--benchmark; give --images-per-s X instead"),
         (["--config", "x", "--exclusive"], "; write cluster.sbatch.exclusive=VALUE"),
         (["--config", "x", "--tasks-per-node", "2"], "; write cluster.tasks_per_node=VALUE"),
         (["--config", "x", "--images-per-s", "0"], "--images-per-s must be above 0, not 0"),

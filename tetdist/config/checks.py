@@ -25,16 +25,16 @@ def check_early(config: RunConfig, *, only_used: bool) -> None:
         )
     data, batch = config.data, config.batch
     if data.repeats > batch.global_:
-        most = f"{data.repeats} must not be above batch.global, {batch.global_}; 3 is usual"
-        raise WrongValue("data.repeats", most)
+        most = f"is above batch.global, {batch.global_}; 3 is usual"
+        raise WrongValue("data.repeats", most, data.repeats)
     if (data.mixup or data.cutmix) and batch.micro == 1:
-        alone = "1 leaves data.mixup and data.cutmix without a partner; set 2 or more"
-        raise WrongValue("batch.micro", alone)
+        alone = "leaves data.mixup and data.cutmix without a partner; set 2 or more"
+        raise WrongValue("batch.micro", alone, 1)
     frames = data.images_as_events.timesteps if data.images_as_events else None
     for number, phase in enumerate(config.phases):
         if frames is not None and phase.most_timesteps > frames:
-            most = f"{phase.most_timesteps} exceeds the {frames} frames of data.images_as_events"
-            raise WrongValue(f"phases.{number}.timesteps", f"{most}; set {frames} or less")
+            most = f"exceeds the {frames} frames of data.images_as_events; set {frames} or less"
+            raise WrongValue(f"phases.{number}.timesteps", most, phase.most_timesteps)
 
 
 def check(config: RunConfig, *, only_used: bool) -> None:
@@ -74,8 +74,9 @@ def _check_loss(config: RunConfig, key: str, loss: LossSection) -> None:
         if config.data.mixup or config.data.cutmix:
             raise WrongValue(
                 f"{key}.distillation.{name}",
-                f"{getattr(distillation, name)} needs samples of one class, and mixed samples have "
-                f"two; set data.mixup=0 and data.cutmix=0, or {name}={other}",
+                "needs samples of one class, and mixed samples have two; set data.mixup=0 and "
+                f"data.cutmix=0, or {name}={other}",
+                getattr(distillation, name),
             )
 
 
@@ -94,8 +95,9 @@ def _check_phase(config: RunConfig, number: int) -> None:
     if config.zero_stage not in stages:
         raise WrongValue(
             "zero_stage",
-            f"{config.zero_stage} does not suit {place}.optimizer.kind={optimizer.kind}, which "
-            f"needs whole parameters; set zero_stage to {', '.join(map(str, stages))}",
+            f"does not suit {place}.optimizer.kind={optimizer.kind}, which needs whole parameters; "
+            f"set zero_stage to {', '.join(map(str, stages))}",
+            config.zero_stage,
         )
     if phase.optimizer == "continue":
         return

@@ -78,7 +78,7 @@ def within(section: str) -> Iterator[None]:
     try:
         yield
     except WrongValue as error:
-        raise WrongValue(f"{section}.{error.key}", error.text) from error
+        raise error.within(section) from error
 
 
 class Section(BaseModel):

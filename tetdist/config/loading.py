@@ -91,25 +91,21 @@ class Draft:
         return config
 
     def _neuron_keys_of(self, kind: str) -> dict[str, Any]:
-        """Return the given keys of the neuron without those that only other kinds have.
+        """Return the given keys of the neuron that a kind has.
 
-        Such a key is refused, unless the kind was chosen later: on the command line, or in a file
-        that inherits the key.
+        Another key is refused, unless it was given before the kind was chosen: in a base, or in the
+        file if the kind is chosen on the command line.
         """
-        own = {"kind", *(one.name for one in fields(NEURONS[kind]))}
-        chosen_in = {
-            self.origins.get(f"model.{key}", self.source) for key in ("neuron.kind", "name")
-        }
+        keys_by_kind = {name: {f.name for f in fields(cls)} for name, cls in NEURONS.items()}
+        own = {"kind", *keys_by_kind[kind]}
+        is_typed = COMMAND_LINE in map(self.origins.get, ("model.neuron.kind", "model.name"))
         for key in sorted(self.neuron_keys.keys() - own):
-            place = self.origins.get(f"model.neuron.{key}", self.source)
-            is_chosen_later = place != self.source or COMMAND_LINE in chosen_in
-            if place == COMMAND_LINE or not is_chosen_later:
-                has = [
-                    name for name, cls in NEURONS.items() if key in {f.name for f in fields(cls)}
-                ]
+            origin = self.origins.get(f"model.neuron.{key}", self.source)
+            if origin == COMMAND_LINE or (origin == self.source and not is_typed):
+                kinds = [name for name, keys in keys_by_kind.items() if key in keys]
                 raise UserError(
                     f"model.neuron.{key} has no effect with model.neuron.kind={kind}; remove it, "
-                    f"or set model.neuron.kind={' or '.join(has)}"
+                    f"or set model.neuron.kind={' or '.join(kinds)}"
                 )
         return {key: value for key, value in self.neuron_keys.items() if key in own}
 

@@ -12,7 +12,7 @@ from pydantic import BaseModel
 from tetdist import wording
 from tetdist.config.documentation import documented_keys, keys_of, section_at
 from tetdist.config.fields import Section
-from tetdist.config.overrides import key_of
+from tetdist.config.overrides import covers, flatten, key_of
 from tetdist.errors import UserError, WrongValue
 
 Kind = TypeVar("Kind", bound=Section)
@@ -81,7 +81,7 @@ def refusing(
         few = error.errors()[:50]  # suggestions for ten thousand unknown keys take minutes
         mistakes = [_mistake(section, details, place) for details in few]
     except WrongValue as error:
-        mistakes = [WrongValue(".".join([*place, error.key]), error.text)]
+        mistakes = [error.within(*place)]
     else:
         return
     texts_by_origin: dict[str, list[str]] = {}
@@ -89,28 +89,23 @@ def refusing(
         # The error of a mapping around a mistake says nothing more.
         if any(other.key.startswith(f"{mistake.key}.") for other in mistakes):
             continue
-        override, text = _override_of(mistake, overrides), str(mistake)
-        if override and key_of(override) == mistake.key:
-            # The override is named before the text, with its value.
-            value = re.escape(override.partition("=")[2])
-            text = re.sub(rf"^{value} |, not '?{value}'?$", "", mistake.text)
-            if not value and text.endswith("not None"):
-                text = "has no value; give one, or leave it out"
+        override = _override_of(mistake, overrides)
         origin = override or (origins or {}).get(mistake.key) or source
-        texts_by_origin.setdefault(origin, []).append(text)
+        # An override of the key itself already names it and its value.
+        is_named = override is not None and key_of(override) == mistake.key
+        texts_by_origin.setdefault(origin, []).append(mistake.text if is_named else str(mistake))
     parts = (f"{origin}: {'; '.join(texts)}" for origin, texts in texts_by_origin.items())
     raise UserError("; ".join(parts))
 
 
 def _override_of(mistake: WrongValue, overrides: Sequence[str]) -> str | None:
-    """Return the override that holds a mistake; None if it is in the file."""
+    """Return the override that sets a mistaken key, a section around it or a key below it, or else
+    another key that it contradicts; None if the mistake is in the file."""
     for override in reversed(overrides):
-        inner, outer = sorted((f"{key_of(override)}.", f"{mistake.key}."), key=len, reverse=True)
-        if inner.startswith(outer):
+        key = key_of(override)
+        if covers(key, mistake.key) or covers(mistake.key, key):
             return override
-    # A contradiction may be due to the other key that its text names.
-    words = re.findall(r"[\w.]+", mistake.text)
-    return next((override for override in overrides if key_of(override) in words), None)
+    return next((override for override in overrides if mistake.names(key_of(override))), None)
 
 
 def _mistake(root: type[BaseModel], details: Any, place: Sequence[str]) -> WrongValue:
@@ -120,21 +115,28 @@ def _mistake(root: type[BaseModel], details: Any, place: Sequence[str]) -> Wrong
     location = [*place, *(part for part in parts if not re.search(r"\[|Section$", part))]
     key, value, cause = ".".join(location), details["input"], details.get("ctx", {}).get("error")
     if isinstance(cause, WrongValue):
-        return WrongValue(".".join([*location, cause.key]), cause.text)
+        return cause.within(*location)
     match details["type"]:
         case "extra_forbidden":
             return WrongValue(key, f"unknown key; {_right_key(root, location, value)}")
         case "missing":
-            hint = " (a list replaces the base's; to change some keys, write phases: {0: ...})"
+            hint = " (a list replaces the base's; to change some keys, write phases: {0: ...}, or "
+            hint += "phases.0.KEY=VALUE on the command line)"
             return WrongValue(key, f"is missing{hint if key.startswith('phases.') else ''}")
         case "model_type" if (section := section_at(root, location)) is not None:
             keys = keys_of(section)
             usual = ["root" if "/" in str(value) else "kind", "kind", keys[0]]
             example = f"set {key}.{next(k for k in usual if k in keys)}, for instance"
             return WrongValue(key, f"must hold keys ({', '.join(keys)}), not {value!r}; {example}")
+        case "tuple_type" if isinstance(value, dict) and value:
+            (item, new), *_ = flatten(value).items()
+            change = f"to change a key of an item, set {key}.{item}={new}"
+            return WrongValue(key, f"must be a list; {change}")
+    if value is None:
+        return WrongValue(key, "has no value; give one, or leave it out")
     text = str(cause or details["msg"].replace("Input should", "must"))
-    shown = "" if isinstance(value, dict) else f", not {value!r}"
-    return WrongValue(key, f"{_TYPES.get(details['type'], text)}{shown}")
+    shown = "" if isinstance(value, dict) else repr(value)
+    return WrongValue(key, _TYPES.get(details["type"], text), shown)
 
 
 def _right_key(root: type[BaseModel], location: Sequence[str], value: Any) -> str:
@@ -159,26 +161,27 @@ def _right_key(root: type[BaseModel], location: Sequence[str], value: Any) -> st
 def nearest(root: type[BaseModel], location: Sequence[str]) -> str:
     """Suggest the keys that an unknown key may have meant."""
     *place, last = [word.lower().replace("-", "_") for word in location]
-    space = "write a space after each colon" if ":" in last else None
-    if hint := _ELSEWHERE.get(last, space):
-        return hint
+    if ":" in last:
+        return "write a space after each colon"
+    if last in _ELSEWHERE:
+        return _ELSEWHERE[last]
     section, keys = section_at(root, place), documented_keys(root)
     known = keys_of(section or root)
-    # The right word at a wrong place, or else a misspelt word.
-    places = (_place_of(last, key) for key in keys)
-    elsewhere = list(dict.fromkeys(filter(None, places)))
-    in_place = [key for key in elsewhere if not {*place}.isdisjoint(key.split("."))]
-    alike = filter(None, [wording.nearest(".".join([*place, last]), elsewhere, 0.8)])
-    elsewhere = in_place or [*alike] or elsewhere
-    if elsewhere:
-        return f"did you mean {' or '.join(map(repr, elsewhere[:3]))}?"
-    far = [] if place and section else [key.rpartition(".")[2] for key in keys]
-    begun = [key for key in known if key.startswith(last)]
-    near = (wording.nearest(last, words, 0.7) for words in (known, far))
-    if close := next(filter(None, [*begun, *near]), None):
-        if close not in known:
-            return nearest(root, [*place, close])
+    # The right word at a wrong place.
+    if elsewhere := list(dict.fromkeys(filter(None, (_place_of(last, key) for key in keys)))):
+        in_place = [key for key in elsewhere if not {*place}.isdisjoint(key.split("."))]
+        alike = filter(None, [wording.nearest(".".join([*place, last]), elsewhere, 0.8)])
+        shown = in_place or [*alike] or elsewhere
+        return f"did you mean {' or '.join(map(repr, shown[:3]))}?"
+    # A misspelt or incomplete word: of the section, of others, or of another project.
+    begun = (key for key in known if key.startswith(last))
+    if close := next(begun, None) or wording.nearest(last, known, 0.7):
         return f"did you mean {'.'.join([*(place if section else []), close])!r}?"
+    others = [] if place and section else [key.rpartition(".")[2] for key in keys]
+    if close := wording.nearest(last, others, 0.7):
+        return nearest(root, [*place, close])
+    if close := wording.nearest(last, _ELSEWHERE, 0.9):
+        return _ELSEWHERE[close]
     own = f"did you mean {'.'.join([*place, 'arguments', last])}? " if "arguments" in known else ""
     return f"{own}known keys: {', '.join(known)}"
 

@@ -27,7 +27,7 @@ def key_of(override: str) -> str:
 def refuse_repeated(overrides: Sequence[str]) -> None:
     """Refuse overrides where a later one would silently undo an earlier one."""
     for earlier, override in combinations(overrides, 2):
-        if _replaces(key := key_of(override), key_of(earlier)):
+        if covers(key := key_of(override), key_of(earlier)):
             raise UserError(f"{key} is given twice, as {earlier} and as {override}; leave out one")
 
 
@@ -36,13 +36,13 @@ def joined(*layers: Sequence[str]) -> list[str]:
     result: list[str] = []
     for layer in layers:
         keys = [key_of(override) for override in layer]
-        kept = [one for one in result if not any(_replaces(key, key_of(one)) for key in keys)]
+        kept = [one for one in result if not any(covers(key, key_of(one)) for key in keys)]
         result = [*kept, *layer]
     return result
 
 
-def _replaces(key: str, other: str) -> bool:
-    """Return whether setting ``key`` undoes a setting of ``other``."""
+def covers(key: str, other: str) -> bool:
+    """Return whether a dotted key is another one, or a section around it."""
     return key == other or other.startswith(f"{key}.")
 
 
@@ -63,20 +63,20 @@ def flatten(values: dict[str, Any], prefix: str = "", *, items: bool = False) ->
     return flat
 
 
-def over(base: Any, own: Any, source: str, place: str = "", depth: int | None = None) -> Any:
+def over(base: Any, own: Any, source: str, place: str = "", whole: str | None = None) -> Any:
     """Merge a value into the base's: mappings key by key, a list's items by their position.
 
     Args:
         source: File or override of the value, for errors.
         place: Dotted key of both.
-        depth: Number of levels to merge; what is below replaces the base's. None: all levels, but
-            arguments of another network, loss or optimiser do not stay.
+        whole: Dotted key whose value replaces the base's as a whole, for an override. None: all
+            keys are merged, but arguments of another network, loss or optimiser do not stay.
     """
-    if not isinstance(own, dict) or not isinstance(base, dict | list) or depth == 0:
+    if not isinstance(own, dict) or not isinstance(base, dict | list) or place == whole:
         return own
     is_list = isinstance(base, list)
     merged = {str(i): item for i, item in enumerate(base)} if is_list else dict(base)
-    if depth is None and any(key in own and own[key] != merged.get(key) for key in _OWNERS):
+    if whole is None and any(key in own and own[key] != merged.get(key) for key in _OWNERS):
         merged.pop("arguments", None)
     for key, value in own.items():
         if is_list and key not in merged:
@@ -85,14 +85,14 @@ def over(base: Any, own: Any, source: str, place: str = "", depth: int | None = 
                 f"{key!r}; name one by its number, as in {place}.0, or give the whole list"
             )
         inner = f"{place}.{key}".lstrip(".")
-        merged[key] = over(merged.get(key), value, source, inner, depth and depth - 1)
+        merged[key] = over(merged.get(key), value, source, inner, whole)
     return list(merged.values()) if is_list else merged
 
 
 def apply_override(values: dict[str, Any], override: str) -> None:
     """Set one ``dotted.key=value`` in nested dictionaries."""
-    parts, text = key_of(override).split("."), override.partition("=")[2]
+    key, text = key_of(override), override.partition("=")[2]
     own = read_value(text, override) if text else None
-    for part in reversed(parts):
+    for part in reversed(key.split(".")):
         own = {part: own}
-    values |= over(values, own, override, depth=len(parts))
+    values |= over(values, own, override, whole=key)

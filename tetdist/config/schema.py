@@ -137,28 +137,31 @@ class RunConfig(Section):
         if start and self.init_checkpoint is None:
             raise WrongValue(
                 "start_phase",
-                f"{start} skips the phases before it; set init_checkpoint to the checkpoint of a "
-                "run that trained them",
+                "skips the phases before it; set init_checkpoint to the checkpoint of a run that "
+                "trained them",
+                start,
             )
         for number in dict.fromkeys((0, start)):
             if self.phases[number].optimizer == "continue":
                 raise WrongValue(
                     f"phases.{number}.optimizer",
-                    "continue needs a phase before it in the same run, whose optimiser goes on, "
-                    f"and this run begins with phase {number}; give the optimiser itself",
+                    "needs a phase before it in the same run, whose optimiser goes on, and this "
+                    f"run begins with phase {number}; give the optimiser itself",
+                    "continue",
                 )
 
     def _check_engine(self) -> None:
         if self.precision == "fp64" and self.engine != "torch":
             raise WrongValue("precision", "DeepSpeed does not train in fp64; set engine=torch, too")
         if self.zero_stage and self.engine != "deepspeed":
-            needed = f"{self.zero_stage} needs DeepSpeed; set engine=deepspeed or zero_stage=0"
-            raise WrongValue("zero_stage", needed)
+            needed = "needs DeepSpeed; set engine=deepspeed or zero_stage=0"
+            raise WrongValue("zero_stage", needed, self.zero_stage)
         if self.zero_stage and self.precision == "fp16":
             raise WrongValue(
                 "precision",
-                "fp16 needs zero_stage=0 (DeepSpeed never lowers its loss scale at stages 1 and "
-                "2); set zero_stage=0, or precision=bf16, which works with all stages",
+                "needs zero_stage=0 (DeepSpeed never lowers its loss scale at stages 1 and 2); "
+                "set zero_stage=0, or precision=bf16, which works with all stages",
+                self.precision,
             )
         if self.cuda_graphs and self.engine != "torch":
             raise WrongValue(

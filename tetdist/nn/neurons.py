@@ -167,11 +167,11 @@ class NeuronConfig:
             for bound, limit in one.metadata.get("bounds", {}).items():
                 words, holds = _BOUNDS[bound]
                 if not holds(value, limit):
-                    raise WrongValue(one.name, f"must be {words} {limit}, not {value:g}")
+                    raise WrongValue(one.name, f"must be {words} {limit}", f"{value:g}")
             kind = get_type_hints(type(self))[one.name]
             if get_origin(kind) is Literal and value not in get_args(kind):
                 known = ", ".join(get_args(kind))
-                raise WrongValue(one.name, f"must be one of {known}, not {value!r}")
+                raise WrongValue(one.name, f"must be one of {known}", repr(value))
 
     @property
     def binary(self) -> bool:

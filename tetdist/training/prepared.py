@@ -90,7 +90,7 @@ class Prepared:
 
     @property
     def skips_zeros(self) -> bool:
-        """Whether convolutions of spikes skip zeros in training (nn/fast/native_zeros.py)."""
+        """True if convolutions of spikes skip zeros in training (nn/fast/native_zeros.py)."""
         if self.world.device.type != "cpu" or self.config.execution != "fused":
             return False
         return self.config.precision in ("fp32", "tf32") and torch.float32 in native_zeros.types()

@@ -35,6 +35,8 @@ class SubmitParser(KeyParser):
 
     def meant(self, flag: str) -> str:
         word = flag.strip("-")
+        if word == "benchmark":
+            return "give --images-per-s X instead, which bench and status of a run print"
         keys = {key.replace("_", "-"): f"cluster.{key}" for key in ClusterSection.model_fields}
         keys |= {"mem": "cluster.mem_gb", "job-name": "name", "gres": "cluster.sbatch.gres"}
         if word not in keys and "did you mean" in (hint := super().meant(flag)):

@@ -136,24 +136,26 @@ class DataSection(Section):
     @model_validator(mode="after")
     def _refuse_contradictions(self) -> Self:
         if self.scale[0] > self.scale[1] or self.scale[1] == 0:
-            raise WrongValue("scale", f"{list(self.scale)} must ascend and end above 0")
+            raise WrongValue("scale", "must ascend and end above 0", list(self.scale))
         if not 0 < self.ratio[0] <= self.ratio[1]:
-            raise WrongValue("ratio", f"{list(self.ratio)} must ascend, with both values above 0")
+            raise WrongValue("ratio", "must ascend, with both values above 0", list(self.ratio))
         if min(self.std) <= 0:
-            raise WrongValue("std", f"{list(self.std)} must be above 0")
+            raise WrongValue("std", "must be above 0", list(self.std))
         if self.resize is not None and self.resize < self.image_size:
             raise WrongValue(
                 "resize",
-                f"{self.resize} is smaller than data.image_size, {self.image_size}, so the "
-                "centre crop would not fit; set it to the image size or more",
+                f"is smaller than data.image_size, {self.image_size}, so the centre crop would "
+                "not fit; set it to the image size or more",
+                self.resize,
             )
         if self.images_as_events and self.kind == "events":
             raise WrongValue("images_as_events", "needs data.kind=images, not events; remove it")
         if self.images_as_events and self.erasing.probability:
             raise WrongValue(
                 "erasing.probability",
-                f"{self.erasing.probability:g} cannot go with "
-                "data.images_as_events, since erasing fills in normalised colours; set it to 0",
+                "cannot go with data.images_as_events, since erasing fills in normalised colours; "
+                "set it to 0",
+                f"{self.erasing.probability:g}",
             )
         if self.auto_augment.startswith("rand") and any(self.color_jitter):
             raise WrongValue(
@@ -166,8 +168,8 @@ class DataSection(Section):
         if self.crop == "padded" and self.padding >= self.image_size:
             raise WrongValue(
                 "padding",
-                f"{self.padding} must be below data.image_size, {self.image_size}, or a "
-                "crop could be all border",
+                f"is not below data.image_size, {self.image_size}, so a crop could be all border",
+                self.padding,
             )
         return self
 

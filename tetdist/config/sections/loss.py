@@ -94,8 +94,8 @@ class LossSection(Section):
             taken = ", ".join(["logits", "targets", *sorted(set_here)])
             raise WrongValue(
                 "kind",
-                f"{self.kind} must take ({taken}), but: {error}; set any other parameter in "
-                "arguments",
+                f"has to take ({taken}), but: {error}; set any other parameter in arguments",
+                self.kind,
             ) from error
         if self.distillation.self_weight and loss.of_time_mean:
             raise WrongValue(

@@ -140,8 +140,8 @@ class PhaseSection(Section):
             raise WrongValue("warmup_epochs", f"{self.warmup_epochs:g}{added} {below}")
         for key, rate in (("warmup_lr", self.warmup_lr), ("min_lr", self.min_lr)):
             if rate > peak:
-                above = f"{rate:g} must not be above the peak of the learning rate, {peak:g}"
-                raise WrongValue(key, above)
+                above = f"is above the peak of the learning rate, {peak:g}"
+                raise WrongValue(key, above, f"{rate:g}")
 
     @property
     def choices(self) -> tuple[int, ...]:

@@ -24,8 +24,9 @@ class BatchSection(Section):
             divisor = next(n for n in smaller if self.global_ % n == 0)
             raise WrongValue(
                 "global",
-                f"{self.global_} is not a multiple of batch.micro, {self.micro}; set "
-                f"batch.micro={divisor} or batch.global={multiple}, for instance",
+                f"is not a multiple of batch.micro, {self.micro}; set batch.micro={divisor} or "
+                f"batch.global={multiple}, for instance",
+                self.global_,
             )
         return self
 
