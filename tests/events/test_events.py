@@ -19,6 +19,7 @@ from tiny import expect, refused
 from tetdist.apps.events.binning import Binning, bin_events
 from tetdist.apps.events.recording import Events, Sensor
 from tetdist.apps.events.simulate import DEFAULT_SENSOR
+from tetdist.apps.reports.replay_gif import ReplayGif
 from tetdist.apps.weights.trained import load
 from tetdist.datasets.recorded_split import other_binning
 from tetdist.models.streaming import Stream
@@ -197,7 +198,17 @@ def test_a_gif_has_an_image_of_each_windows_events(command, tmp_path):
             assert min(more_blue) == 0
             assert more_blue[number % 2] > 1000  # ON is blue
         # The label of the last answer, which begins at the right end, stays in its axis.
-        assert np.asarray(gif.convert("L"))[30:160, 394:].min() > 240
+        assert np.asarray(gif.convert("L"))[30:160, 378:].min() > 240
+    # The number at the right end of the time axis is whole.
+    gif = ReplayGif(tmp_path / "ticks.gif", ["a", "b"])
+    for end in range(1, 21):
+        gif.add(end / 1000, np.ones((2, 4, 4)), np.float32([0.3, 0.7]), end == 1)
+    gif.save()
+    with Image.open(tmp_path / "ticks.gif") as image:
+        image.seek(19)
+        pixels = np.asarray(image.convert("L"))
+        assert pixels[165:185, 360:394].min() < 100  # it is there
+        assert pixels[:, 397:].min() > 240
 
 
 HEADER = {"timesteps": 2, "size": None, "bins": "20ms", "values": "count", "resize": "area"}

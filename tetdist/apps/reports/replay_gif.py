@@ -51,7 +51,7 @@ class ReplayGif:
         figure = new_figure(4, 2, dpi=100)
         figure.set_layout_engine("none")  # Each frame has the same layout.
         left = figure.add_axes((0.01, 0.1, 0.4, 0.78))
-        right = figure.add_axes((0.59, 0.19, 0.39, 0.68))
+        right = figure.add_axes((0.59, 0.19, 0.35, 0.68))
 
         def draw(number: int) -> None:
             self._draw_events(left, self._frames[number])
