@@ -325,6 +325,8 @@ HIDDEN = FILES["my_snn.py"].replace("my_snn", "hidden").replace("self.set_h", "#
 DEEPER = FILES["my_snn.py"].replace("my_snn", "deeper").replace("(width, 2", "(1 + width, 2")
 WITHOUT_T = FILES["my_plain.py"].replace("return logits if per_timestep else ", "return ")
 SMOOTH = LOSS.format("f", "y, gamma, label_smoothing=0): return gamma + label_smoothing")
+PER_TIMESTEP = """parameters, over_time = lambda self, c: {'g': torch.ones(2)}, frozenset('g')
+    def run(self, x, u, g): return torch.stack([(w * y).relu() for w, y in zip(g, x)]), x[0]"""
 OWN = {
     "width: float = 1.0": "no description; declare it as width: float = neurons.option(1.0, ",
     "def parameters(self, c): return {'w': torch.ones(3)}": "of Own has the shape (3,); it must be",
@@ -334,6 +336,7 @@ OWN = {
     "def run(self, x, u): return x.relu()[1:], x[0]": "own returns spikes of another shape than",
     "def run(self, x, u): return x.relu(), x[:2]": "without the 7 samples on axis sample_axis=0",
     "def run(self, x, u): return x.nothing": "raises AttributeError; ",
+    PER_TIMESTEP: "own gives other spikes if it continues from the membrane",
     "w: float = neurons.option(1.0, '', min=0)": "bad.py:8 raises AssertionError: bounds are gt",
     "def run(self, x, u): return x.cumsum(0).relu(), x[0]": "own gives other spikes if it",
 }

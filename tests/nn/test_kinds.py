@@ -7,7 +7,7 @@ import torch
 
 from tetdist.nn import neurons
 from tetdist.nn.neurons import make
-from tetdist.nn.norm_neuron import learned_of
+from tetdist.nn.norm_neuron import Neuron, learned_of
 
 DOUBLE = torch.float64
 
@@ -267,3 +267,13 @@ BAD = {
 def test_numbers_outside_their_range_are_refused(message):
     with pytest.raises(ValueError, match=message):
         make(BAD[message])
+
+
+def test_neurons_that_learn_a_value_per_channel_need_the_channels():
+    class Own(neurons.LIF):
+        def parameters(self, num_channels):
+            return {"gain": torch.ones(num_channels)}
+
+    with pytest.raises(ValueError, match=r"Own learns a value per channel; make it by Neuron\("):
+        Neuron(Own())
+    assert Neuron(Own(), 3).learned["gain"].shape == (3,)

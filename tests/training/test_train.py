@@ -412,7 +412,7 @@ def test_init_checkpoint_of_other_classes(main, straight, tiny_config, tmp_path)
     changes = {"model.num_classes": 8, "phases.0.optimizer.lr": 1e-12}
     source, config = straight("torch"), tiny_config(changes)
     outcome = main(config, f"init_checkpoint={source}", "max_steps=1")
-    expect(outcome, "fc.weight, fc.bias start anew, for 8 classes instead of 4")
+    expect(outcome, "starting anew, for 8 classes instead of 4: fc.weight, fc.bias")
     assert "other classes" not in outcome.text
     expect(main(config, "name=scratch", "max_steps=1"))
     runs = (source, tmp_path / "runs/tiny", tmp_path / "runs/scratch")

@@ -86,7 +86,7 @@ def from_spikingjelly(name, decay_input=None, make=neuron.IFNode, **options):
     [
         ("sew_resnet18", {"cnf": "IAND"}, {}, {"connect_function": "iand"}),
         pytest.param("sew_resnet50", {"cnf": "ADD"}, {}, {}, marks=pytest.mark.long),
-        # docs/weights.md: with decay_input, threshold and width are tau times what they are there.
+        # docs/extending.md: decay_input
         (
             "spiking_resnet18",
             {"decay_input": True},

@@ -37,7 +37,10 @@ def check_neuron(neuron: neurons.NeuronConfig, timesteps: int) -> None:
     remedy = "correct it, or set segments=False"
     try:
         with torch.random.fork_rng(devices=[]):
-            learned = broadcasting(neuron, learned_of(neuron, 4).double(), 2)
+            values = learned_of(neuron, 4).double()
+            for value in values.values():  # which training makes differ by timestep
+                value.data += 0.1 * torch.rand_like(value)
+            learned = broadcasting(neuron, values, 2)
         x = torch.arange(840.0 * timesteps, dtype=torch.float64).view(-1, 7, 4, 5, 6).sin()
         x = (4 * neuron.threshold * x).requires_grad_()
         returned: Any = neuron.run(x, None, **learned)

@@ -154,7 +154,7 @@ class NeuronConfig:
     segments: ClassVar[bool] = True
     # Dimension of the samples in the membrane that `run` returns.
     sample_axis: ClassVar[int] = 0
-    # Parameters that all channels share, of any shape, such as (T, T).
+    # Parameters of any shape, such as (T, T), which `run` gets unchanged.
     over_time: ClassVar[frozenset[str]] = frozenset()
 
     threshold: float = option(

@@ -143,6 +143,9 @@ def learned_of(neuron: NeuronConfig, num_channels: int) -> nn.ParameterDict:
     """Make a neuron layer's own learnt parameters; optimisers do not decay them."""
     parameters = neuron.parameters(num_channels)
     for name, value in parameters.items():
+        if name not in neuron.over_time and value.shape == (0,):
+            kind = type(neuron).__name__
+            raise ValueError(f"{kind} learns a value per channel; make it by Neuron(neuron, C)")
         if name not in neuron.over_time and value.shape not in ((), (num_channels,)):
             raise ValueError(
                 f"the parameter {name} of {type(neuron).__name__} has the shape "
@@ -273,7 +276,7 @@ class Neuron(NeuronLayer):
             a learnt value per channel.
     """
 
-    def __init__(self, neuron: NeuronConfig, num_channels: int = 1) -> None:
+    def __init__(self, neuron: NeuronConfig, num_channels: int = 0) -> None:
         super().__init__(neuron)
         self.learned = learned_of(neuron, num_channels)
 

@@ -195,8 +195,8 @@ def _load_initial_weights(
         if not change.startswith(("model.num_classes", "model.freeze")):
             logger.warning("init_checkpoint comes from another network: %s", change)
     if anew:
-        ours = counted(model.num_classes, "class")
-        logger.info("%s start anew, for %s instead of %d", ", ".join(anew), ours, classes)
+        change = f"{counted(model.num_classes, 'class')} instead of {classes}"
+        logger.info("starting anew, for %s: %s", change, ", ".join(anew))
     elif description.classes not in (None, list(index.classes)):
         logger.warning("init_checkpoint was trained on other classes than those of the data")
     logger.info(
