@@ -50,6 +50,27 @@ def test_bad_files_are_named_and_nothing_is_written(image_root, tmp_path, images
     assert not list(root.glob("index/*.npz"))
 
 
+def test_an_empty_class_folder_is_no_bad_file(image_root, images):
+    root = image_root()
+    (root / "train" / "ant" / "bad.jpg").write_text("hello")
+    (root / "train" / "dodo").mkdir()
+    assert "2 of 26 paths are bad" in images("index", root, status=2)
+
+
+def test_images_that_exif_turns_are_counted(image_root, images, caplog):
+    root = image_root()
+    exif = Image.Exif()
+    for number, turned in enumerate((6, 3, 1)):
+        exif[0x0112] = turned
+        picture(60, 80).save(root / "train" / "bee" / f"turned{number}.jpg", exif=exif)
+    picture(60, 80).save(root / "train" / "cow" / "damaged.jpg", exif=b"Exif\0\0MM\0*")
+    images("index", root)
+    text = (
+        "train: 2 images are to be turned for display, by EXIF; training sees all images as stored"
+    )
+    assert [record.getMessage() for record in caplog.records] == [text]
+
+
 def test_what_is_no_file_is_bad_and_never_waited_for(image_root, images):
     root = image_root(per_class=1)
     folder = root / "train" / "bee"

@@ -7,6 +7,7 @@ layouts.py describes the layouts of a split on disk.
 
 import hashlib
 import json
+import logging
 import mmap
 import os
 import shlex
@@ -35,11 +36,13 @@ from tetdist.datasets.probe import Probe, probe_batches, probe_image, probe_tens
 from tetdist.datasets.processes import ReportProgress
 from tetdist.errors import UserError, typed
 from tetdist.storage.files import explaining, open_file, parse_json, replacing
-from tetdist.wording import meant_path
+from tetdist.wording import are, counted, meant_path
 
 if TYPE_CHECKING:
     from tetdist.config.schema import RunConfig
     from tetdist.config.sections.data import DataSection
+
+logger = logging.getLogger(__name__)
 
 _FORMAT_VERSION = 2
 _SAMPLED_FILES = 10_000
@@ -436,6 +439,9 @@ def assemble(
         else:
             good.append(probe)
             rows.append(i)
+    if turned := sum(probe.is_turned for probe in good):
+        text = "%s: %s to be turned for display, by EXIF; training sees all images as stored"
+        logger.warning(text, listing.split, f"{counted(turned, 'image')} {are(turned)}")
     names = [os.fsencode(listing.names[i]) for i in rows]
     archive_ids = {file: number for number, file in enumerate(listing.archives)}
     values: dict[str, Any] = {

@@ -29,6 +29,7 @@ class Probe(NamedTuple):
     Attributes:
         height, width: Pixels as stored.
         format: PIL's name of an image's format.
+        is_turned: True if EXIF says that the image is to be turned for display.
     """
 
     size: int
@@ -37,6 +38,7 @@ class Probe(NamedTuple):
     timesteps: int | None = None
     dtype: str | None = None
     format: str | None = None
+    is_turned: bool = False
 
 
 def probe_batches(
@@ -102,13 +104,24 @@ def probe_image(stream: IO[bytes], size: int, decode: bool) -> Probe | str:
             if image.mode.startswith(("I", "F")):
                 return f"more than 8 bits per channel (PIL's mode {image.mode}): save it with 8"
             width, height = image.size
+            is_turned = _is_turned(image)
             if decode:
                 image.load()
     except UnidentifiedImageError:
         return "not an image"
     except Exception as error:  # PIL's decoders raise many kinds
         return f"cannot be decoded: {error}" if decode else f"cannot be read: {error}"
-    return Probe(size, height, width, format=image.format)
+    return Probe(size, height, width, format=image.format, is_turned=is_turned)
+
+
+def _is_turned(image: Any) -> bool:
+    # PIL would decode a PNG for that.
+    if image.format not in ("JPEG", "MPO"):
+        return False
+    try:
+        return image.getexif().get(_EXIF_ORIENTATION) in range(2, 9)
+    except Exception:  # of damaged EXIF, which changes no pixel
+        return False
 
 
 def probe_tensor(stream: IO[bytes], size: int) -> Probe | str:

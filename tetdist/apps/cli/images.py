@@ -132,7 +132,9 @@ def _index(args: argparse.Namespace) -> int:
     for listing in listings:
         if listing.passed_over:
             print(f"{listing.split}: ignored {listing.passed_over}", file=sys.stderr)
-    report_bad(bad, "file", len(bad) + sum(map(len, indexes)))
+    # A class folder without images is bad, too, and no file.
+    kind = "path" if any(one.bad and not one.archives for one in listings) else "file"
+    report_bad(bad, kind, len(bad) + sum(map(len, indexes)))
     if bad and not args.skip_bad:
         raise UserError("no index was written: replace or remove what is bad, or give --skip-bad")
     for index, listing in zip(indexes, listings, strict=True):
