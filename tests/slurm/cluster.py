@@ -148,6 +148,8 @@ class Cluster:
         if cable in self.devices():
             ip(f"link set {cable} down")
         self._kill_all(node)
+        # The kernel gives the number to the next one, whose processes would count for both nodes.
+        del self._namespaces[node]
         self._crashed.add(node)
 
     def lose(self, node: str) -> None:

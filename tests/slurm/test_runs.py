@@ -131,8 +131,11 @@ def test_preempted_without_grace_and_a_node_crashes(launcher, straight, cluster)
 def test_a_node_is_lost_and_back(launcher, straight, cluster):
     """Its network stays up, so its peers see at once that it is gone, and Slurm never sees it."""
     run = launcher("rebooted")
-    run.wait_for_step(15)
+    run.wait_for_step(1)
     node = f"node{cluster.job(run.job)['NodeList'].strip(']')[-1]}"
+    process = cluster.tasks_of(node)[0]
+    run.wait_for_step(15)
+    process.suspend()  # or the run might finish before it loses the node
     cluster.lose(node)
     assert run.logged_step < LAST_STEP
     wait_until(lambda: cluster.job(run.job)["JobState"] != "RUNNING", "the loss", 60)
@@ -171,22 +174,25 @@ def test_a_rank_that_is_killed_is_named(launcher, cluster, capsys):
 
 
 @pytest.mark.long
-def test_time_limit(launcher, straight, cluster):
-    """Slurm's shortest limit is a minute. One process is made to wait, so that it is reached.
+def test_time_limit(launcher, straight, cluster, tmp_path):
+    """One process stops itself as soon as it exists, so that a limit of minutes is reached.
 
-    The warning comes while that process still imports; it must not be lost.
+    The warning comes while that process has yet to import all; it must not be lost.
     """
-    run = launcher("limited", "--time", "1", "cluster.warn_before_end=30")
-    run.wait_for_start(1)
-    last_node = cluster.job(run.job)["NodeList"].strip("]")[-1]
-    process = cluster.tasks_of(f"node{last_node}")[-1]
-    process.suspend()
-
-    def warned():
-        return is_pending(process.pid, signal.SIGUSR2) or run.history[-1].kind == "stopped"
-
+    stop = tmp_path / "sitecustomize.py"  # Python imports it first
+    stop.write_text(
+        "import os, signal\n"
+        "if os.environ.get('SLURM_PROCID') == '3':\n"
+        "    os.unlink(__file__)\n"
+        "    os.kill(os.getpid(), signal.SIGSTOP)\n"
+    )
+    setup = f"cluster.setup=[export PYTHONPATH={tmp_path}]"
+    # Slurm warns as much as 30 s earlier, and only processes that exist: not in the first minute.
+    run = launcher("limited", "--time", "2", "cluster.warn_before_end=30", setup)
+    wait_until(lambda: not stop.exists(), "the last process", 120)
+    process = cluster.task(run.job, 3)
     try:
-        wait_until(warned, "a warning ahead of the limit", 90)
+        wait_until(lambda: is_pending(process.pid, signal.SIGUSR2), "a warning", 120)
         # One is enough.
         cluster.run("scontrol", "update", f"JobId={run.job}", "TimeLimit=10")
     finally:
