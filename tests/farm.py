@@ -26,6 +26,7 @@ import logging
 import os
 import runpy
 import select
+import shutil
 import signal
 import socket
 import sys
@@ -253,6 +254,7 @@ def forked() -> Iterator[Farm]:
     """Fork the farm, which ends with the context."""
     ours, theirs = socket.socketpair()
     environment()
+    folder = tempfile.mkdtemp(prefix="tetdist-farm-")
     with warnings.catch_warnings():
         # The threads are those of pytest-xdist, of which the farm needs nothing.
         warnings.simplefilter("ignore", DeprecationWarning)
@@ -262,9 +264,9 @@ def forked() -> Iterator[Farm]:
             ours.close()
             serve(theirs)
         finally:
+            shutil.rmtree(folder, ignore_errors=True)  # also if the tests are killed
             os._exit(0)
     theirs.close()
-    with tempfile.TemporaryDirectory(prefix="tetdist-farm-") as folder:
-        with ours, ours.makefile("rw") as lines:
-            yield Farm(lines, Path(folder) / "log")
-        os.waitpid(pid, 0)
+    with ours, ours.makefile("rw") as lines:
+        yield Farm(lines, Path(folder, "log"))
+    os.waitpid(pid, 0)

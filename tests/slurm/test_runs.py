@@ -153,6 +153,7 @@ def test_a_node_is_lost_and_back(launcher, straight, cluster):
 def test_a_rank_that_is_killed_is_named(launcher, cluster, capsys):
     """As for want of memory; the others only see that a connection breaks."""
     run = launcher("killed")
+    wait_until(lambda: mlflow_status(run) == "RUNNING", "its tracker, which starts by and by", 120)
     for rank in (2, 0):
         run.wait_for_step(run.logged_step + 5)
         cluster.task(run.job, rank).kill()

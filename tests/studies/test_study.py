@@ -20,6 +20,7 @@ from tetdist.apps.cli.study import find
 from tetdist.apps.slurm.command import parse_arguments
 from tetdist.apps.slurm.jobs import State
 from tetdist.apps.studies import local, plan, slurm
+from tetdist.config.sections.model import ModelSection
 from tetdist.errors import UserError
 from tetdist.tracking import environment
 
@@ -403,6 +404,16 @@ def test_commands_of_an_installed_package(write, tmp_path, monkeypatch):
     monkeypatch.setattr(errors, "_CHECKOUT", tmp_path)
     assert train.words[:5] == [sys.executable, "-m", "tetdist_command", "train", "--config"]
     assert str(evaluate).startswith(f"tetdist eval --checkpoint {run.folder} ")
+
+
+def test_an_imported_network_is_evaluated_at_each_t_apart(write, tmp_path, monkeypatch):
+    """It may look ahead, which only its training shows; others show all T in one evaluation."""
+    run = runs_of(write(), tmp_path / "out")[0]
+    assert "--timesteps 2 " in str(run.eval_command)
+    assert not run.is_evaluated_again
+    monkeypatch.setattr(ModelSection, "is_own", True)
+    assert "--timesteps 1,2 " in str(run.eval_command)
+    assert run.is_evaluated_again
 
 
 # --- mistakes -------------------------------------------------------------------------------------

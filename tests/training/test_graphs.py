@@ -14,6 +14,7 @@ from tiny import expect
 from torch import nn
 
 from tetdist.errors import UserError
+from tetdist.nn.batch_norm import RunningMean
 from tetdist.training import feed, graphs, prepared
 from tetdist.training.engines import base
 
@@ -107,19 +108,24 @@ class OneLayer(nn.Linear):
     timesteps = 1
 
 
-def test_a_capture_within_a_step_keeps_its_gradients(monkeypatch):
+def test_a_capture_within_a_step_keeps_its_gradients_and_records(monkeypatch):
     monkeypatch.setattr(graphs, "capture", taped)
     layer = OneLayer(3, 1, bias=False)
+    layer.running = RunningMean(torch.zeros(()))
+    layer.running.deferred = True
 
     def add_gradients(images):
         loss = layer(images).sum()
         loss.backward()
+        layer.running(loss)
         return loss.detach()
 
     graphed = graphs.Graphed(add_gradients, layer)
-    for layer.timesteps, samples in ((1, 2), (2, 4)):
-        graphed(torch.ones(samples, 3))
-    assert layer.weight.grad.tolist() == [[6.0] * 3]
+    calls = ((1, 2), (2, 4), (1, 2))
+    losses = [float(graphed(torch.ones(n, 3))) for layer.timesteps, n in calls]
+    assert layer.weight.grad.tolist() == [[8.0] * 3]
+    assert layer.running.pending_count == 3
+    assert layer.running.pending.item() == pytest.approx(sum(losses))
 
 
 def test_a_capture_begins_warm_and_names_what_it_cannot_take(monkeypatch):
