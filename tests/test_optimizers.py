@@ -28,6 +28,7 @@ def network():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(3, 2), BatchNorm(2), Neuron(), nn.Linear(2, 2))
     model[3].bias.requires_grad_(False)
+    model.shift = nn.Parameter(torch.zeros(2))
     return model
 
 
@@ -40,7 +41,7 @@ def section(**values):
     ("asked", "kept"),
     [
         ({}, {"2.learned.decay"}),
-        ({"decay_norms": False}, {"0.bias", "1.weight", "1.bias", "2.learned.decay"}),
+        ({"decay_norms": False}, {"0.bias", "1.weight", "1.bias", "2.learned.decay", "shift"}),
     ],
 )
 def test_what_neurons_learn_never_decays(kind, asked, kept):

@@ -41,6 +41,8 @@ def test_windows_lie_inside(height, width, scale_1, scale_2, ratio_1, ratio_2):
         # Three times the image's area never fits.
         (400, 100, (3.0, 3.0), RATIO),
         (9, 3, (3.0, 3.0), RATIO),
+        (30, 4, (3.0, 3.0), (0.6, 0.9)),
+        (4, 30, (3.0, 3.0), (0.6, 0.9)),
     ],
 )
 def test_windows_are_torchvisions_with_the_same_draws(monkeypatch, height, width, scale, ratio):

@@ -37,6 +37,9 @@ def test_each_class_is_divided(whole):
         part = held_out.divide(whole, share, seed=1)[least]
         assert np.bincount(part.labels).tolist() == [1, 1, 1, 1]
     place = {path: i for i, path in enumerate(files(whole))}
+    within = np.array([place[path] for path in files(held)])
+    within -= np.searchsorted(whole.labels, held.labels)
+    assert len({tuple(within[held.labels == label]) for label in (1, 2, 3)}) > 1
     for part in (train, held):
         rows = [place[path] for path in files(part)]
         assert rows == sorted(rows)

@@ -179,6 +179,9 @@ def test_saturation_is_counted():
     assert frames.tensor[:, 1, 0, 0].tolist() == [255, 255]
     assert binned(events, 3, dtype="uint8").saturated == 0
     assert binned(events, 2).saturated == 0
+    x, t = np.zeros(65_600, np.int64), np.arange(65_600)
+    frames = binned(Events(x, x, t, x, SENSOR), 1)
+    assert (frames.saturated, frames.tensor[0, 0, 0, 0]) == (1, 65_504)
 
 
 def test_too_few_events_are_refused():

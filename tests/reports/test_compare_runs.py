@@ -161,6 +161,7 @@ def test_a_key_that_an_older_version_lacks_has_its_default_and_a_long_value_is_w
     assert "1 different key.\n  phases.0.timesteps  a: 2; b: 1 to 3\n" in printed
 
 
+FIVE_TEN = {"step-05": [1.0], "step-10": [0.0]}
 FIVE_SIX, IDENTICAL = {"step-05": [1.0], "step-06": [0.0]}, "at step 5: bitwise identical."
 
 
@@ -169,6 +170,7 @@ FIVE_SIX, IDENTICAL = {"step-05": [1.0], "step-06": [0.0]}, "at step 5: bitwise 
     [
         # Of each step the last checkpoint counts; of the steps the last common one.
         ({"step-05": [5.0], "step-05.1": [1.0], "step-10": [2.0]}, FIVE_SIX, 0, IDENTICAL),
+        ({**FIVE_TEN, "step-10": [1.0]}, FIVE_TEN, 1, "at step 10: 1 of 2 tensors differ."),
         ({"step-05": [math.nan]}, {"step-05": [math.nan]}, 0, IDENTICAL),
         ({"step-05": [0.0]}, {"step-05": [-0.0]}, 1, "at step 5: 1 of 2 tensors differ."),
         ({"step-05": [0.0]}, {"step-05": [0.0, 0.0]}, 1, "at step 5: 1 of 2 tensors differ."),

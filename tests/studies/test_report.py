@@ -77,6 +77,12 @@ def test_numbers_are_numpys(output_of, by_hand, tmp_path):
     assert f"`python tools/study.py {file} tracking.uri=" in report
 
 
+def test_cost_has_each_entry_that_is_needed_once(by_hand):
+    numbers = by_hand({"entries.both": {"init": "sdt", "teacher": "sdt"}})
+    alone = np.array(numbers.cost("sdt"))
+    assert numbers.cost("both") == pytest.approx(2 * alone)
+
+
 def test_keys_that_differ_are_listed_also_those_that_no_entry_names(by_hand):
     entries = {
         "base": {"overrides": {"model.neuron.kind": "lif"}},

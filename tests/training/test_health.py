@@ -4,13 +4,16 @@ import math
 
 import pytest
 import timm
+import tiny
 import torch
 import torch.nn.functional as F
+from tiny import expect
 
 import tetdist.models  # registers them
 from tetdist.apps.reports.run_plots import FiringWatch
 from tetdist.nn.batch_norm import BatchNorm, defer_running_statistics
 from tetdist.training.health import NonFiniteSteps, examine
+from tetdist.training.step import LOSS, Step
 
 assert tetdist.models
 
@@ -93,6 +96,23 @@ def test_examination_changes_nothing():
     assert all(parameter.grad is None for parameter in model.parameters())
     assert not any(m.pending_count for m in model.modules() if isinstance(m, BatchNorm))
     assert not any(m._forward_hooks for m in model.modules())
+
+
+def test_a_step_is_examined_as_it_was_taken(main, tiny_config, monkeypatch):
+    """With the T and the dropped features that it drew."""
+    take, examined = Step.take, []
+
+    def examine_and_take(self, step, batches, lr):
+        batches = list(batches)
+        examined.append(self.examine(step, batches).losses)
+        update, sums = take(self, step, batches, lr)
+        assert 2 * sum(examined[-1]) == pytest.approx(sums[LOSS].item(), rel=1e-6)
+        return update, sums
+
+    monkeypatch.setattr(Step, "take", examine_and_take)
+    changes = {"model.arguments.drop_rate": 0.3, "phases.0.timesteps": [1, 3]}
+    expect(main(tiny_config(changes | {"phases.0.epochs": 1, "engine": "torch"})))
+    assert len(examined) == tiny.STEPS_PER_EPOCH
 
 
 def test_layers_are_named_when_they_change():
