@@ -150,6 +150,8 @@ CONTRADICTIONS = (
     ("batch.micro=1: leaves data.mixup", "batch.micro=1", "data.mixup=0.1"),
     ("cuda_graphs=true: needs engine=torch: engine=deepspeed", "cuda_graphs=true"),
     ("batch_norm.sync=true, whose", "cuda_graphs=true", "engine=torch", "batch_norm.sync=true"),
+    ("precision=fp16: needs a GPU; set device=cuda, or", "precision=fp16", "device=cpu"),
+    ("data.device=gpu: needs a GPU; set device=cuda, or", "data.device=gpu", "device=cpu"),
     ("precision=fp64: DeepSpeed does not train in fp64", "precision=fp64"),
     ("zero_stage=1: needs DeepSpeed", "zero_stage=1", "engine=torch"),
     ("precision=fp16: needs zero_stage=0", "zero_stage=1", "precision=fp16"),
@@ -476,6 +478,7 @@ def test_some_keys_are_explained(capsys, monkeypatch):
     assert (max(map(len, lines)) <= 60, " ".join(map(str.strip, lines))) == (True, output.strip())
     for word, answer in {
         "bach": "no key 'bach'; did you mean 'batch'?",
+        "checkpoint": "no key 'checkpoint'; see save.every_steps, or init_checkpoint (",
         "learning_rate": "no key 'learning_rate'; see phases.N.optimizer.lr (",
         "los.kind": "did you mean 'loss.kind'?",
         "phases.timesteps": "no key 'phases.timesteps'; see phases.N.timesteps",

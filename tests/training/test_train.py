@@ -268,7 +268,7 @@ PSN, SIZE_32 = {"model.neuron": {"kind": "psn", "timesteps": 2}}, {"data.image_s
         ({"data.device": "gpu"}, ("data.device",)),
         ({"device": "cuda"}, ("device=cuda",)),
         ({"precision": "fp16"}, ("fp16 needs a GPU", "bf16 or fp32")),
-        ({"cuda_graphs": True}, ("cuda_graphs=true needs a GPU",)),
+        ({"cuda_graphs": True}, ("cuda_graphs: true needs a GPU",)),
         (PSN | {"recompute": {"timesteps": 1}}, ("psn neurons have weights over all T timesteps",)),
     ],
     ids=str,

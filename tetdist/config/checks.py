@@ -23,6 +23,8 @@ def check_early(config: RunConfig, *, only_used: bool) -> None:
             "cannot go with batch_norm.sync=true, whose averages over processes are not captured; "
             "set one of them to false",
         )
+    if config.device == "cpu" and not only_used:
+        check_gpu(config)
     data, batch = config.data, config.batch
     if data.repeats > batch.global_:
         most = f"is above batch.global, {batch.global_}; 3 is usual"
@@ -35,6 +37,17 @@ def check_early(config: RunConfig, *, only_used: bool) -> None:
         if frames is not None and phase.most_timesteps > frames:
             most = f"exceeds the {frames} frames of data.images_as_events; set {frames} or less"
             raise WrongValue(f"phases.{number}.timesteps", most, phase.most_timesteps)
+
+
+def check_gpu(config: RunConfig) -> None:
+    """Refuse what a run on the CPU cannot do."""
+    needs = "needs a GPU; set device=cuda, or {}"
+    if config.precision in ("fp16", "tf32"):
+        raise WrongValue("precision", needs.format("precision=bf16 or fp32"), config.precision)
+    if config.cuda_graphs:
+        raise WrongValue("cuda_graphs", needs.format("cuda_graphs=false"), "true")
+    if config.data.device == "gpu":
+        raise WrongValue("data.device", needs.format("data.device=cpu"), "gpu")
 
 
 def check(config: RunConfig, *, only_used: bool) -> None:

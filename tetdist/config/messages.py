@@ -21,6 +21,7 @@ Kind = TypeVar("Kind", bound=Section)
 _ELSEWHERE = {
     **dict.fromkeys(("t", "timesteps"), "set phases.0.timesteps"),
     "batch_size": "set batch.global",
+    "checkpoint": "set save.every_steps, or init_checkpoint",
     "data_dir": "set data.root",
     "learning_rate": "set phases.0.optimizer.lr",
     "output_dir": "set runs_dir",

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from tetdist import order
+from tetdist.config.checks import check_gpu
 from tetdist.config.identity import differences
 from tetdist.config.schema import RunConfig
 from tetdist.data.splits import evaluated_split, open_data
@@ -122,7 +123,8 @@ def prepare(config: RunConfig, world: World) -> Prepared:
 
 
 def _prepare(config: RunConfig, world: World) -> Prepared:
-    _check_device(config, world)
+    if world.device.type == "cpu":
+        check_gpu(config)
     train, val = open_data(config, world)
     data_split = evaluated_split(config.data, config.seed)
     bins, seen = train.timesteps or 0, max(phase.most_timesteps for phase in config.phases)
@@ -205,14 +207,3 @@ def _load_initial_weights(
         description.step,
         description.timesteps,
     )
-
-
-def _check_device(config: RunConfig, world: World) -> None:
-    if config.precision in ("fp16", "tf32") and world.device.type == "cpu":
-        raise UserError(
-            f"precision={config.precision} needs a GPU; set device=cuda, or precision=bf16 or fp32"
-        )
-    if config.cuda_graphs and world.device.type == "cpu":
-        raise UserError("cuda_graphs=true needs a GPU; remove it or set device=cuda")
-    if config.data.device == "gpu" and world.device.type == "cpu":
-        raise UserError("data.device=gpu needs a GPU, but this run is on the CPU; set it to cpu")

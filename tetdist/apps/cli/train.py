@@ -120,7 +120,7 @@ def read_config(options: argparse.Namespace) -> schema.RunConfig | None:
             chosen |= named
             if not named:
                 near = nearest(schema.RunConfig, word.split(".")).replace(".0.", ".N.")
-                near = near.replace("set phases", "see phases")
+                near = re.sub("^set (phases|save)", r"see \1", near)
                 raise UserError(
                     f"--explain: there is no key {key!r}; {near} (--explain alone lists all keys)"
                 )
