@@ -304,7 +304,7 @@ def _fire_natively(
     membrane: Tensor | None,
     timesteps: int,
 ) -> tuple[Tensor, Tensor]:
-    """As `_fire`, in C++, with channels last."""
+    """Compute `_fire` in C++, with channels last."""
     shape = inputs[0].movedim(2, -1).shape[1:]  # (B, ..., C)
 
     currents = [one.int().movedim(2, -1).flatten(1, -2) for one in inputs]
