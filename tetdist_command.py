@@ -7,6 +7,7 @@ makes tetdist/__init__.py load nothing ahead. That is why this module is outside
 
 import contextlib
 import difflib
+import errno
 import importlib
 import os
 import signal
@@ -14,6 +15,8 @@ import sys
 from collections.abc import Callable
 from typing import TextIO
 
+# Errors of writing, which name no file: a full, damaged or read-only disk.
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
 COMMANDS = {
     "train": "train a network; the same command continues a stopped run",
     "eval": "evaluate a checkpoint",
@@ -55,8 +58,8 @@ def run(name: str, arguments: list[str] | None = None) -> int:
 def _answer_while_read(command: Callable[[], int]) -> int:
     """Carry out a command, and answer for its output: all that it prints passes through here.
 
-    A command whose output nobody reads any more, as with ``... | head``, ends silently. Of an error
-    of the operating system with a file, one sentence is printed.
+    A command whose output nobody reads any more, as with ``... | head``, ends silently. An error
+    of a file or disk is printed as one sentence.
     """
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
@@ -78,14 +81,15 @@ def _answer_while_read(command: Callable[[], int]) -> int:
             # Python itself would do so later, where nobody could see that it fails.
             sys.stdout.flush()
     except OSError as error:
-        if error.filename is not None:
+        streams = (sys.stdout, sys.stderr) if error.filename is None else ()
+        lost = [stream for stream in streams if is_lost(stream)]
+        if not lost:
+            if error.filename is None and error.errno not in DISK:
+                raise  # another pipe is broken: that is a fault
             from tetdist.errors import sentence
 
             print(f"error: {sentence(error)}", file=sys.stderr)
             return 2
-        lost = [stream for stream in (sys.stdout, sys.stderr) if is_lost(stream)]
-        if not lost:
-            raise  # another pipe is broken, or another file cannot be written: that is a fault
         for stream in lost:
             with contextlib.suppress(OSError):
                 stream.close()  # else Python would try to write the rest at its end

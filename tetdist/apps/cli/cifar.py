@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from tetdist.apps.cli.common import MISTAKES, documented_parser, run_command
+from tetdist.apps.cli.common import documented_parser, run_command
 from tetdist.apps.images.arrays import Split, check_new, write_root
 from tetdist.errors import UserError
 from tetdist.storage.files import open_file
@@ -48,7 +48,6 @@ def main(arguments: list[str] | None = None) -> int:
     return run_command(
         lambda: make(options.archive, options.dest, options.per_class),
         interrupted="stopped; the same command starts over",
-        mistakes=(*MISTAKES, OSError),
     )
 
 

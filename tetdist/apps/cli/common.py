@@ -19,7 +19,7 @@ CHECKPOINT = (
     "run folder or name (last checkpoint), checkpoint or export folder, .safetensors file, "
     "hf:ORG/NAME[@REVISION] of the Hugging Face hub, or tetdist:NAME (`tetdist list` names them)"
 )
-# Errors that the user can fix; any other exception is a bug and keeps its traceback.
+# Errors that the user can fix, beside those of files, for which tetdist_command answers.
 MISTAKES = (UserError, ModuleNotFoundError)
 
 
@@ -27,21 +27,13 @@ def run_command(
     command: Callable[[], int | None],
     *,
     interrupted: str = "interrupted; nothing was written",
-    mistakes: tuple[type[Exception], ...] = MISTAKES,
 ) -> int:
     """Run a command and return its exit status: 2 for a user error, 3 if another process of the
     run has died, 130 for Ctrl-C.
-
-    Exceptions in ``mistakes`` are printed as one sentence.
     """
     try:
         return command() or 0
-    except mistakes as error:
-        if isinstance(error, OSError) and error.filename is None:
-            from tetdist_command import is_lost
-
-            if is_lost(sys.stdout):
-                raise  # tetdist_command answers for the output, whose errors name no file
+    except MISTAKES as error:
         return fail(error)
     except PeerFailed as error:
         fail(error)

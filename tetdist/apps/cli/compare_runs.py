@@ -8,7 +8,7 @@ or the machine do not count, nor do different configurations alone.
 import argparse
 from pathlib import Path
 
-from tetdist.apps.cli.common import MISTAKES, program, run_command
+from tetdist.apps.cli.common import program, run_command
 from tetdist.apps.reports import compare
 from tetdist.apps.reports.run_status import find_runs
 from tetdist.config.flags import Parser
@@ -19,8 +19,7 @@ from tetdist.storage.files import check_writable, explaining
 def main(arguments: list[str] | None = None) -> int:
     """Return the exit status: 0 the same, 1 different, 2 a user error."""
     options = parse_arguments(arguments)
-    mistakes = (*MISTAKES, OSError)
-    return run_command(lambda: show(options), interrupted="interrupted", mistakes=mistakes)
+    return run_command(lambda: show(options), interrupted="interrupted")
 
 
 def show(options: argparse.Namespace) -> int:

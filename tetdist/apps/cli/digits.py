@@ -7,7 +7,7 @@ folders and indexed, so training reads them in the same way as ImageNet.
 
 from pathlib import Path
 
-from tetdist.apps.cli.common import MISTAKES, documented_parser, run_command
+from tetdist.apps.cli.common import documented_parser, run_command
 from tetdist.errors import UserError
 
 _SPLIT_SEED = 0
@@ -18,11 +18,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = documented_parser("digits", __doc__)
     parser.add_argument("dest", metavar="DEST", type=Path, help="new data root")
     dest = parser.parse_args(arguments).dest
-    return run_command(
-        lambda: _make(dest),
-        interrupted="stopped; the same command starts over",
-        mistakes=(*MISTAKES, OSError),
-    )
+    return run_command(lambda: _make(dest), interrupted="stopped; the same command starts over")
 
 
 def _make(dest: Path) -> None:

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tetdist.apps.cli.common import MISTAKES, program, report_bad, run_command, write_result
+from tetdist.apps.cli.common import program, report_bad, run_command, write_result
 from tetdist.apps.file_progress import file_progress
 from tetdist.config.flags import MOST_THREADS, Parser, positive
 from tetdist.datasets.class_folders import check_root
@@ -35,11 +35,7 @@ _PRINTED_FINDINGS = 20
 
 def main(arguments: list[str] | None = None) -> int:
     args = _parse(arguments)
-    return run_command(
-        lambda: args.run(args),
-        interrupted=f"stopped; {args.when_stopped}",
-        mistakes=(*MISTAKES, OSError),
-    )
+    return run_command(lambda: args.run(args), interrupted=f"stopped; {args.when_stopped}")
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:

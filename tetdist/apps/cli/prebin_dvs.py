@@ -18,7 +18,7 @@ from pathlib import Path
 # numpy reads this variable at import.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from tetdist.apps.cli.common import MISTAKES, documented_parser, report_bad, run_command
+from tetdist.apps.cli.common import documented_parser, report_bad, run_command
 from tetdist.apps.events import splits
 from tetdist.apps.events.binning import Binning, Window
 from tetdist.apps.events.folders import Listing, list_sources
@@ -54,11 +54,7 @@ _DEFAULTS = {
 
 def main(arguments: list[str] | None = None) -> int:
     options = _parse(arguments)
-    return run_command(
-        lambda: _prebin(options),
-        interrupted="stopped; the same command continues",
-        mistakes=(*MISTAKES, OSError),
-    )
+    return run_command(lambda: _prebin(options), interrupted="stopped; the same command continues")
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:

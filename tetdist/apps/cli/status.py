@@ -2,7 +2,7 @@
 
 import argparse
 
-from tetdist.apps.cli.common import MISTAKES, program, run_command
+from tetdist.apps.cli.common import program, run_command
 from tetdist.apps.slurm.status import show
 from tetdist.config.flags import Parser
 
@@ -10,11 +10,7 @@ from tetdist.config.flags import Parser
 def main(arguments: list[str] | None = None) -> int:
     """Return the exit status: 0, or 2 for a run that does not exist or is damaged."""
     options = parse_arguments(arguments)
-    return run_command(
-        lambda: show(options.runs, as_json=options.json),
-        interrupted="interrupted",
-        mistakes=(*MISTAKES, OSError),
-    )
+    return run_command(lambda: show(options.runs, as_json=options.json), interrupted="interrupted")
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
