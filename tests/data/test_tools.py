@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from shlex import quote
 
@@ -171,6 +172,11 @@ def classes_alone(root):
     root.with_name("classes").rename(root)
 
 
+def link(to, root):
+    shutil.rmtree(root / "train")
+    (root / "train").symlink_to(to)
+
+
 @pytest.mark.parametrize(
     ("spoil", "options", "words"),
     [
@@ -190,6 +196,8 @@ def classes_alone(root):
         ),
         (lambda root: (root / "train").rename(root / "Train"), [], "'Train': rename it to 'train'"),
         (classes_alone, [], "itself: move them into "),
+        (partial(link, "train"), [], "train is a link that leads to no folder; correct or remove"),
+        (partial(link, "/nowhere"), [], "train is a link that leads to no folder; correct or"),
         (None, ["--splits", "tran,val"], "did you mean train?"),
         (None, ["--split", "val"], "did you mean --splits?"),
         (None, ["--events"], "hold no events (.npy), but 3 with .jpg"),

@@ -58,6 +58,10 @@ def test_command_draws_a_sample(output_of, tiny_config, tiny_root, main, tmp_pat
         np.testing.assert_allclose(probabilities, logits[:t].mean(0).softmax(-1), atol=1e-4)
     printed = output_of("show", run, "--sample", 1000, status=2)
     assert "there is no sample 1000 in val, which has" in printed
+    printed = output_of("show", run, "--output", "/proc/it", status=2)
+    assert re.search(
+        r"error: (--output: cannot write )?/proc/it\.png( cannot be written \(|: name)", printed
+    )
 
 
 def test_colours_of_events_are_named(tiny_config, main, tmp_path):

@@ -68,6 +68,36 @@ def test_a_run_that_is_waited_for_is_finished_or_queued(tmp_path, queue, monkeyp
         jobs.refuse_if_queued(runs[1])
 
 
+@pytest.mark.parametrize(
+    "damaged", ["", "null", '{"job": "12"', '{"job": "12"}', "\udcff", "[" * 9999]
+)
+def test_a_job_with_a_damaged_submission_is_shown_and_cancelled(
+    damaged, tmp_path, queue, monkeypatch
+):
+    whole = submitted(tmp_path, 3)
+    queue["12"] = "RUNNING"
+    file = tmp_path / "slurm" / "submission-1" / "submission.json"
+    file.write_text(damaged, errors="surrogateescape")
+    (file.parent / "config.yaml").write_text("")
+    assert status.find(str(tmp_path)) == [tmp_path]
+    newest = history.newest_submission(tmp_path)
+    assert (newest.job, newest.run_dir, newest.log) == ("12", whole.run_dir, str(file.parent))
+    assert jobs.state_of(newest).is_queued
+    cancelled = []
+    monkeypatch.setattr(jobs, "cancel", cancelled.append)
+    monkeypatch.setattr(loading, "load_written", lambda path: path)
+    monkeypatch.setattr(submit, "announce", lambda *of: cancelled.append(of[0]))
+    assert submit.cancel(tmp_path).startswith("cancelled job 12; ")
+    assert cancelled == ["12", file.with_name("config.yaml")]
+    with pytest.raises(
+        UserError, match=r"settings are lost; submit the run again with `.* --config"
+    ):
+        submit.resume(tmp_path, ClusterSection(), new_code=False)
+    (tmp_path / "slurm" / "history.jsonl").unlink()
+    with pytest.raises(UserError, match=r"submission\.json and the history .* are damaged: cancel"):
+        history.newest_submission(tmp_path)
+
+
 @pytest.mark.usefixtures("queue")
 def test_job_that_slurm_does_not_know_is_as_the_run_says(tmp_path, monkeypatch):
     submission = submitted(tmp_path, 10)

@@ -50,6 +50,8 @@ def list_classes(root: str | Path, split: str, kind: Kind) -> tuple[str, ...]:
     folder = Path(root, split)
     check_root(Path(root))
     if not folder.is_dir():
+        if folder.is_symlink():
+            raise UserError(f"{folder} is a link that leads to no folder; correct or remove it")
         raise UserError(
             f"the data folder {root} has neither a folder {split!r} nor tar files of this split"
             f"{_way_out(Path(root), split, kind)}"

@@ -141,9 +141,10 @@ def check_splits(root: Path, splits: Sequence[str]) -> None:
 
 
 def is_there(root: Path, split: str) -> bool:
-    """Return whether a split is there, in any layout."""
+    """Return whether a split is there, in any layout, or a link to it, which may lead nowhere."""
     return (
         (root / split).is_dir()
+        or (root / split).is_symlink()
         or (root / _official_tar(split)).is_file()
         or bool(_shards_of(root, split))
     )

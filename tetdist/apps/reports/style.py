@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tetdist.errors import UserError, sentence
-from tetdist.storage.files import replacing
+from tetdist.storage.files import explaining, replacing
 
 # Okabe and Ito's colours, which most people can distinguish; each has one meaning in all panels.
 TRAIN = "#0072B2"
@@ -51,9 +51,10 @@ def png(figure: Any) -> bytes:
 
 def save(figure: Any, out: Path) -> None:
     """Write a PNG atomically: readers see the old or the new one. Its folder is created."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(out, sync=False) as stream:
-        stream.write(png(figure))
+    with explaining(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(out, sync=False) as stream:
+            stream.write(png(figure))
 
 
 def finish(axis: Any, title: str, unit: str, *, legend: bool = True) -> None:

@@ -14,6 +14,7 @@ Training does not need this folder: checkpoints alone decide where a run resumes
 
 import itertools
 import json
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -24,7 +25,7 @@ from typing import Any, Literal
 
 from tetdist.errors import UserError, typed
 from tetdist.storage import selection
-from tetdist.storage.files import explaining, write_json, write_text
+from tetdist.storage.files import explaining, parse_json, write_json, write_text
 
 
 @dataclass(frozen=True)
@@ -81,11 +82,29 @@ def note_submission(folder: Path, submission: Submission) -> None:
 
 
 def newest_submission(run_dir: Path) -> Submission | None:
-    """Return the run's newest submission; None if it was never submitted."""
-    files = [folder / "submission.json" for _, folder in sorted(_submissions(run_dir))]
-    for file in filter(Path.is_file, reversed(files)):
-        return Submission(**json.loads(file.read_text()))
+    """Return the run's newest submission; None if it was never submitted.
+
+    If its file is damaged, it has no settings, and its job is that of the history.
+    """
+    for _, folder in sorted(_submissions(run_dir), reverse=True):
+        if (file := folder / "submission.json").is_file():
+            try:
+                return Submission(**parse_json(file.read_bytes()))
+            except (TypeError, ValueError):
+                return _remembered(run_dir, folder)
     return None
+
+
+def _remembered(run_dir: Path, folder: Path) -> Submission:
+    """Return what is known of a submission without its file."""
+    event = next(iter(since_submission(history(run_dir))), None)
+    if event is None:
+        raise UserError(
+            f"{folder / 'submission.json'} and the history beside {folder.name}/ are damaged: "
+            f"cancel the run's job, if it has one, with `scancel`, and remove {folder}"
+        )
+    config, log = (str(path.absolute()) for path in (folder / "config.yaml", folder))
+    return Submission(event.job, str(run_dir), config, "", log, {}, sys.maxsize, event.time)
 
 
 def submission_of(run_dir: Path) -> Submission:
