@@ -22,7 +22,7 @@ from tetdist.training.engines import base
 @pytest.fixture
 def both(main, tiny_config, tmp_path, monkeypatch):
     """Trains with and without graphs: (changes, what stands in); the folders of the runs."""
-    monkeypatch.setattr(prepared, "_check_device", lambda *_: None)
+    monkeypatch.setattr(prepared, "check_gpu", lambda *_: None)
     captures = 0
 
     def run(changes, capture, *, captured=1):

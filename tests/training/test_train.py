@@ -335,7 +335,7 @@ sys.exit(train.main(["--config", {str(file)!r}]))
 
 def test_float16_takes_overflowed_steps_again(main, tiny_config, tmp_path, monkeypatch):
     """On a CPU, where only the tests let it run: the arithmetic is the same."""
-    monkeypatch.setattr(prepared, "_check_device", lambda *_: None)
+    monkeypatch.setattr(prepared, "check_gpu", lambda *_: None)
     monkeypatch.setattr(base.LossScale, "START", 2.0**40)
     monkeypatch.setattr(base.LossScale, "GROWTH_INTERVAL", 3)
     phase = {"epochs": 1, "timesteps": 2, "optimizer": {"kind": "sgd", "lr": 0.01}}
