@@ -13,7 +13,8 @@ import pytest
 BATCHES = {"batch": {"global": 32, "micro": 2, "eval": 7}}
 # Batches come from a process, or from a GPU's decoder.
 ON_GPU = ("data.device=gpu",)
-EDITED = (*ON_GPU, "data.auto_augment=rand-m9-mstd0.5-inc1")
+# As check_gpu's runs.
+EDITED = (*ON_GPU, "data.auto_augment=rand-m9-mstd0.5-inc1", "deterministic=true")
 GRAPHS = (*ON_GPU, "engine=torch", "cuda_graphs=true")
 # The host asks whether its last step was undone.
 LAMB = (*ON_GPU, "engine=torch", "phases.0.optimizer={kind: timm:lamb, lr: 0.01}")
@@ -35,6 +36,7 @@ def test_all_work_waits_for_what_it_uses(overrides, running, tiny_config):
     assert answer["error"] is None
     assert answer["unordered"] == []
     assert answer["ungraphed"] == []
+    assert answer["refused"] == []
     # Of few kernels, the host also waits for what a larger network's have long done.
     asks = "step.py" if "fp16" in overrides[-1] else "optimizers.py" if overrides is LAMB else "-"
     assert [one for one in answer["waits"] if asks not in one] == []
@@ -60,6 +62,9 @@ FAULTS = {
     "a copy is not known to be complete": (SAVE, "copied.record()", "pass", COPY),
     "weights are saved that train on": (SAVE, "copy_to_host(run.model.", "(run.model.", LIVE),
     "an average is saved that goes on": (SAVE, "copy_to_host(average.", "(average.", LIVE),
+    "an optimiser's state is saved that goes on": (
+        *("tetdist.training.engines.base:WholeEngine.optimizer_state", "copy_to_host(", "(", LIVE),
+    ),
 }
 
 
