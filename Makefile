@@ -15,7 +15,7 @@ TORCH = https://download.pytorch.org/whl/$(if $(filter cpu,$(DALI)),cpu,cu126)
 RUN := runs/quickstart
 
 .DEFAULT_GOAL := help
-.PHONY: help venv quickstart test test-quick test-long test-slurm test-triton test-gpu compare docs lint constraints format clean
+.PHONY: help venv quickstart test test-quick test-long test-slurm test-triton test-lowest test-gpu compare docs lint constraints format clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -120,6 +120,16 @@ test-triton: $(VENV)/.tests ## compile the GPU's kernels with several versions o
 	  PYTHONPATH=$$folder $(BIN)/python tests/compile_kernels.py 2>$$folder.log || \
 	    { echo "error: what Triton $$version says is in $$folder.log" >&2; exit 1; }; \
 	done
+
+# All other packages, such as SQLAlchemy, are the newest that go with them.
+LOWEST := $(abspath $(VENV))/lowest
+test-lowest: ## train the quickstart with the lowest versions that pyproject.toml allows (8 GB)
+	@test -x $(LOWEST)/bin/uv || { $(PYTHON) -m venv $(LOWEST) && $(LOWEST)/bin/pip install --quiet uv; }
+	@$(LOWEST)/bin/uv pip install --python $(LOWEST)/bin/python --resolution lowest-direct \
+	  -r pyproject.toml --extra train --extra cuda130 --extra quickstart
+	@folder=$$(mktemp -d) && trap 'rm -r "$$folder"' EXIT && cd "$$folder" && \
+	  export PYTHONPATH=$(CURDIR) && $(LOWEST)/bin/python -m tetdist quickstart 2>&1 | tee log && \
+	  $(LOWEST)/bin/python -m tetdist show runs/quickstart && ! grep '^tracker .* lacks' log
 
 test-gpu: $(VENV)/.tests ## run the tests that need a GPU
 	@$(BIN)/python -m pytest -m gpu $(PYTEST_FLAGS)

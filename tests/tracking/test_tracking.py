@@ -242,6 +242,19 @@ def test_a_full_disk_is_reported_and_leaves_whole_lines(untracked, tmp_path):
     assert path.read_bytes().endswith(b"}\n")
 
 
+def test_a_tracker_that_cannot_be_imported_asks_for_an_upgrade(tmp_path, monkeypatch, caplog):
+    def mine(_):
+        raise ImportError("no Pool in sqlalchemy")
+
+    monkeypatch.setitem(trackers.TRACKERS, "mine", mine)
+    tracker = Tracker(TrackedRun(tmp_path, "a run", {}, {}, None), None, ["mine"])
+    tracker.log("train", 1, {"loss": 1.0})
+    tracker.close("FINISHED")
+    assert len(caplog.messages) == 2
+    assert all("ImportError: no Pool in sqlalchemy" in text for text in caplog.messages)
+    assert caplog.messages[-1].endswith("start this run again after an upgrade of its package")
+
+
 # MLflow.
 
 

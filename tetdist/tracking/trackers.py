@@ -118,7 +118,7 @@ class TrackerThread:
         if goes_on and self._mark.is_file():
             self._offset = min(json.loads(self._mark.read_text())["bytes"], file.stat().st_size)
         self.sent = self._offset  # the furthest position so far
-        self.trouble = ""
+        self.trouble, self._remedy = "", "when the tracker answers"
         self._is_complete = False
         self.begun, self._closing = threading.Event(), threading.Event()
         self._status: Status = "RUNNING"
@@ -140,14 +140,17 @@ class TrackerThread:
             except Exception as error:
                 failures += 1
                 self.trouble = f"{type(error).__name__}: {first_line(error)}"
+                if isinstance(error, ImportError):
+                    self._remedy = "after an upgrade of its package"
                 # A single failure is often temporary: two jobs opened the same database.
                 if failures == 2:
                     logger.warning(
                         "tracker %s failed: %s. Training continues; %s has everything, and the "
-                        "tracker gets it as soon as it answers again",
+                        "tracker gets it %s",
                         self.name,
                         self.trouble,
                         self._file,
+                        self._remedy,
                     )
                 if self._from_first_line:
                     self._tracker, self._offset = None, 0
@@ -194,12 +197,13 @@ class TrackerThread:
             data = self._file.read_bytes()
             logger.warning(
                 "tracker %s lacks up to %d of the %d lines in %s (%s). To send them, start this "
-                "run again when the tracker answers",
+                "run again %s",
                 self.name,
                 data.count(b"\n", self.sent),
                 data.count(b"\n"),
                 self._file,
                 self.trouble or f"no answer within {timeout:g} s",
+                self._remedy,
             )
         return self._is_complete
 
