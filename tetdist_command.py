@@ -136,7 +136,8 @@ def _main(name: str, *arguments: str) -> int:
 
 
 def _run(name: str, arguments: list[str] | None) -> int:
-    os.environ["TETDIST_COMMAND"] = name
+    if "tetdist" not in sys.modules:  # its import removes this again
+        os.environ["TETDIST_COMMAND"] = name
     # Threads that spin while they wait for each other take the cores from those that decode images;
     # on a busy machine that cost a factor of three.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

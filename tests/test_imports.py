@@ -3,11 +3,15 @@
 import json
 import subprocess
 
+import numpy as np
+import pytest
 import timm
 import tiny
+from safetensors.numpy import save_file
 
 from tetdist import models
 from tetdist.config import names
+from tetdist.config.loading import parse
 from tetdist.losses import LOSSES
 from tetdist.optimizers import OPTIMIZERS
 
@@ -73,6 +77,7 @@ UNUSED = {
     "show tetdist:quickstart": LARGE,
     "replay nosuch.npz --checkpoint nosuch": LARGE,
     "compare_runs nosuch other": LARGE,
+    "compare_runs one two": LARGE,
     "images index empty": LARGE,
     "prebin_dvs nosuch out": LARGE,
 }
@@ -100,6 +105,14 @@ def test_commands_import_nothing_that_they_do_not_use(tmp_path):
         (tmp_path / name).mkdir()
     (tmp_path / "begun/config.yaml").write_text("phases: [{epochs: 1}]\n")
     (tmp_path / "run/config.yaml").write_text("data: {root: x, held_out: 0.0}\n")
+    for name in ("one", "two"):
+        config = parse(tiny.changed(tiny.CONFIG, {"name": name, "data.root": "x"}), "x")
+        checkpoint = tmp_path / name / "checkpoints/step-00000001"
+        checkpoint.mkdir(parents=True)
+        (tmp_path / name / "config.yaml").write_text(config.as_yaml())
+        line = {"kind": "val", "step": 1, "time": 0, "epoch": 1, "top1": 50, "loss": 1}
+        (tmp_path / name / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+        save_file({"weight": np.ones(2)}, checkpoint / "model.safetensors")
     done = subprocess.run(
         tiny.python("-c", RUN, json.dumps(UNUSED)),
         cwd=tmp_path,
@@ -111,11 +124,26 @@ def test_commands_import_nothing_that_they_do_not_use(tmp_path):
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     statuses = {line: status for line, (status, _) in found.items()}
-    right = ("list", "status begun", "train --explain", "convert --list")
+    right = ("list", "status begun", "train --explain", "convert --list", "compare_runs one two")
     assert statuses == {
         line: 0 if line in right or line.endswith("--help") else 2 for line in UNUSED
     }, done.stderr
     assert {line: imported for line, (_, imported) in found.items() if imported} == {}
+
+
+@pytest.mark.parametrize(("option", "registers"), [("-mtetdist", False), ("-mmine", True)])
+def test_a_module_that_is_run_registers_networks_unless_it_is_tetdist(option, registers, tmp_path):
+    (tmp_path / "mine").mkdir()
+    for name in ("__init__", "__main__"):
+        (tmp_path / "mine" / f"{name}.py").write_text("import tetdist\n")
+    (tmp_path / "tetdist_command.py").write_text("main = lambda: 0\n")
+    code = "import atexit, sys; atexit.register(lambda: print('tetdist.models' in sys.modules))"
+    (tmp_path / "sitecustomize.py").write_text(code)
+    env = tiny.clean_environment(PYTHONPATH=f"{tmp_path}:{tiny.PROJECT}")
+    command = tiny.python(option, "tetdist")  # an argument alike
+    options = {"cwd": tmp_path, "env": env, "timeout": 60}
+    done = subprocess.run(command, capture_output=True, text=True, **options)
+    assert (done.stdout, done.stderr) == (f"{registers}\n", "")
 
 
 def test_names_are_those_that_are_registered():

@@ -76,14 +76,18 @@ class Draft:
         if kind := self.neuron_keys.get("kind"):
             self._neuron_keys_of(kind)
 
-    def completed(self) -> RunConfig:
-        """Return the configuration with its network's neuron, checked against what it names."""
+    def with_neuron(self) -> RunConfig:
+        """Return the configuration with its neuron, for which the network may be imported."""
         model = self.config.model
         kind = self.neuron_keys.get("kind") or neurons.kind_of(network_neuron(model.name))
         with self.refusing("model", "neuron"):
             neuron = neuron_of(self._neuron_keys_of(kind), model.name)
         model = model.model_copy(update={"neuron": neuron})
-        config = self.config.model_copy(update={"model": model})
+        return self.config.model_copy(update={"model": model})
+
+    def completed(self) -> RunConfig:
+        """Return the configuration with its neuron, checked against what it names."""
+        config = self.with_neuron()
         with self.refusing():
             check(config, only_used=self.only_used)
             if not self.only_used:

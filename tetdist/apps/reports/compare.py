@@ -8,7 +8,9 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from safetensors import SafetensorError, deserialize
 
 from tetdist.apps.reports import style
 from tetdist.apps.reports.run_status import read_status
@@ -18,9 +20,6 @@ from tetdist.tables import aligned, number
 from tetdist.tracking.metrics_file import each_line, points_of
 from tetdist.tracking.progress import held_out
 from tetdist.wording import counted
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 # Values that depend on the clock or the machine.
 OF_THE_CLOCK = (
@@ -70,8 +69,10 @@ def has_metrics(folder: Path) -> bool:
 
 def _read(label: str, folder: Path) -> Run:
     config = folder / "config.yaml"
-    from tetdist.config import loading
+    from tetdist.config.loading import Draft
+    from tetdist.config.messages import checked
     from tetdist.config.overrides import flatten
+    from tetdist.config.schema import RunConfig
     from tetdist.config.yaml_files import read_yaml
 
     lines = {(line["step"], line["kind"]): line for line in each_line(folder / "metrics.jsonl")}
@@ -79,7 +80,7 @@ def _read(label: str, folder: Path) -> Run:
     # Keys that an older version did not know get their defaults, unless this version cannot parse
     # the configuration.
     with suppress(UserError):
-        parsed = loading.parse(raw, str(config), only_used=True)
+        parsed = Draft(checked(RunConfig, raw, str(config)), str(config)).with_neuron()
         configuration = parsed.as_dict()
         # A range of T is one value, not three keys.
         for values, phase in zip(configuration["phases"], parsed.phases, strict=True):
@@ -231,16 +232,14 @@ def _weights(a: Run, b: Run) -> tuple[bool, str]:
 
     Without a common checkpoint they count as the same.
     """
-    from tetdist.storage.checkpoint import load_model_file
-
     saved = [_checkpoints(run.folder) for run in (a, b)]
     step = max(saved[0].keys() & saved[1].keys(), default=None)
     head = f"Weights of {a.label} and {b.label}"
     if step is None:
         return True, f"{head}: no checkpoint of the same step."
-    ours, others = (load_model_file(checkpoints[step])[0] for checkpoints in saved)
+    ours, others = (_tensors(checkpoints[step] / selection.MODEL_FILE) for checkpoints in saved)
     names = ours.keys() | others.keys()
-    different = [x for x in names if not _is_identical(ours.get(x), others.get(x))]
+    different = [name for name in names if ours.get(name) != others.get(name)]
     if not different:
         return True, f"{head} at step {step}: bitwise identical."
     return False, f"{head} at step {step}: {len(different)} of {len(names)} tensors differ."
@@ -252,12 +251,12 @@ def _checkpoints(folder: Path) -> dict[int, Path]:
     return {selection.step_and_repeat(path)[0]: path for path in paths}
 
 
-def _is_identical(a: "Tensor | None", b: "Tensor | None") -> bool:
-    import torch
-
-    if a is None or b is None or (a.shape, a.dtype) != (b.shape, b.dtype):
-        return False
-    return torch.equal(*(tensor.reshape(-1).view(torch.uint8) for tensor in (a, b)))
+def _tensors(file: Path) -> dict[str, dict[str, Any]]:
+    """Return shape, type and bytes of each tensor of a model file, without torch."""
+    try:
+        return dict(deserialize(file.read_bytes()))
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{file} is not a readable model file ({error})") from error
 
 
 def _shortened(text: str, length: int) -> str:

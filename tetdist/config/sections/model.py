@@ -49,7 +49,9 @@ def neuron_of(given: Mapping[str, Any], network: str) -> NeuronConfig:
     Raises:
         pydantic.ValidationError: A value has a wrong type, or is outside its range.
     """
-    values = neurons.completed(given, network_neuron(network))
+    values = neurons.completed(given)
+    if given.keys() != values.keys():  # else the network, whose import takes seconds, adds nothing
+        values = neurons.completed(given, network_neuron(network))
     kind = neurons.class_of(values.pop("kind"))
     # Through JSON, because only then strict validation accepts a list as a tuple.
     return pydantic.TypeAdapter(kind).validate_json(json.dumps(values))
