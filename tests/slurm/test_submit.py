@@ -92,7 +92,7 @@ def test_a_job_with_a_damaged_submission_is_shown_and_cancelled(
     with pytest.raises(
         UserError, match=r"settings are lost; submit the run again with `.* --config"
     ):
-        submit.resume(tmp_path, ClusterSection(), new_code=False)
+        history.settings_of(tmp_path)
     (tmp_path / "slurm" / "history.jsonl").unlink()
     with pytest.raises(UserError, match=r"submission\.json and the history .* are damaged: cancel"):
         history.newest_submission(tmp_path)

@@ -157,7 +157,7 @@ def run(options: argparse.Namespace) -> int:
                 if status.is_finished(run_dir):
                     print(f"{run_dir} is finished: nothing to do")
                     continue
-                cluster = cluster_of(history.submission_of(run_dir).cluster, options)
+                cluster = cluster_of(history.settings_of(run_dir), options)
                 print(submit.resume(run_dir, cluster, new_code=options.new_code))
     return 0
 

@@ -121,6 +121,21 @@ def submission_of(run_dir: Path) -> Submission:
     )
 
 
+def settings_of(run_dir: Path) -> dict[str, Any]:
+    """Return the newest submission's settings of the cluster.
+
+    Raises:
+        UserError: There is no submission, or its file is damaged.
+    """
+    if settings := submission_of(run_dir).cluster:
+        return settings
+    again = typed("slurm", "--config", run_dir / "config.yaml")
+    raise UserError(
+        f"the submission.json of {run_dir}'s last job is damaged, and so its settings are lost; "
+        f"submit the run again with `{again}` and its flags"
+    )
+
+
 def _submissions(run_dir: Path) -> list[tuple[int, Path]]:
     folders = slurm_folder(run_dir).glob("submission-*")
     return [(int(number), f) for f in folders if (number := f.name.partition("-")[2]).isdigit()]

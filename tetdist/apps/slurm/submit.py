@@ -218,12 +218,6 @@ def _job(run: Plan, folder: Path, code: Path) -> Job:
 def resume(run_dir: Path, cluster: ClusterSection, *, new_code: bool) -> str:
     """Submit a run again from its newest checkpoint, and return the summary."""
     earlier = history.submission_of(run_dir)
-    if not earlier.cluster:
-        again = typed("slurm", "--config", run_dir / "config.yaml")
-        raise UserError(
-            f"the submission.json of {run_dir}'s last job is damaged, and so its settings are lost;"
-            f" submit the run again with `{again}` and its flags"
-        )
     jobs.check_here(f"train here with `{typed('train', '--config', run_dir / 'config.yaml')}`")
     refuse_if_queued(run_dir)
     config = loading.load_written(Path(earlier.config))
