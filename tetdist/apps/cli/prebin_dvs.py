@@ -41,15 +41,6 @@ from tetdist.errors import UserError, typed
 from tetdist.storage.files import explaining, write_json
 
 _SENSORS = {"dvs128": "128x128", "davis240": "240x180"}
-# Options that a preset sets, with their defaults if neither the preset nor the user sets them.
-_DEFAULTS = {
-    "timesteps": None,
-    "size": None,
-    "bins": "count",
-    "values": "count",
-    "sensor": None,
-    "split": None,
-}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -58,7 +49,6 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
-
     parser = documented_parser("prebin_dvs", __doc__)
     add = parser.add_argument
     add("source", metavar="SOURCE", type=Path, help="folder of the recordings")
@@ -118,7 +108,10 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if options.preset and options.simulate:
         parser.error("--preset needs recordings and --simulate images; leave one out")
-    _fill(options)
+    preset = PRESETS[options.preset].options() if options.preset else {}
+    options.by_preset = {name: preset[name] for name in preset if vars(options)[name] is None}
+    vars(options).update(options.by_preset)
+    options.bins, options.values = options.bins or "count", options.values or "count"
     if options.timesteps is None:
         parser.error("give --timesteps (the number of time bins) or --preset")
     if options.dtype is None:
@@ -130,17 +123,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     return options
 
 
-def _fill(options: argparse.Namespace) -> None:
-    """Set missing options to the preset's values; add `given`, the names of the others."""
-
-    options.given = {name for name in _DEFAULTS if getattr(options, name) is not None}
-    defaults = _DEFAULTS | (PRESETS[options.preset].options() if options.preset else {})
-    for name in defaults.keys() - options.given:
-        setattr(options, name, defaults[name])
-
-
 def _bins(text: str) -> str:
-
     if text not in ("count", "time") and Window.of(text) is None:
         raise argparse.ArgumentTypeError(
             f"{text!r} must be count, time, a duration such as 20ms or 500us, or a number of events"
@@ -156,7 +139,6 @@ def _seed(text: str) -> int:
 
 
 def _size(text: str) -> Sensor:
-
     match = re.fullmatch(r"([1-9]\d*)(?:x([1-9]\d*))?", text)
     if not match:
         raise argparse.ArgumentTypeError(f"{text!r} must be a size such as 48 or 64x48")
@@ -171,7 +153,6 @@ def _sensor(text: str) -> Sensor:
 
 
 def _prebin(options: argparse.Namespace) -> None:
-
     settings = _settings(options)
     listing = _listing(options)
     if listing.passed_over:
@@ -208,7 +189,6 @@ def _prebin(options: argparse.Namespace) -> None:
 
 
 def _settings(options: argparse.Namespace) -> Settings:
-
     binning = Binning(
         timesteps=options.timesteps,
         size=options.size,
@@ -229,7 +209,6 @@ def _settings(options: argparse.Namespace) -> Settings:
 
 
 def _listing(options: argparse.Namespace) -> Listing:
-
     try:
         return list_sources(options.source, IMAGE_SUFFIXES if options.simulate else SUFFIXES)
     except UserError as error:
@@ -240,10 +219,8 @@ def _listing(options: argparse.Namespace) -> Listing:
 
 def _check_preset(options: argparse.Namespace, listing: Listing) -> None:
     """Check that the source is the preset's data set; print what the preset sets."""
-
     warning = check_source(options.preset, options.source, listing.sources)
-    preset = PRESETS[options.preset].options()
-    kept = [f"--{name} {value}" for name, value in preset.items() if name not in options.given]
+    kept = [f"--{name} {value}" for name, value in options.by_preset.items()]
     print(f"--preset {options.preset}: {' '.join(kept) or 'all overridden'}", file=sys.stderr)
     if warning:
         print(warning, file=sys.stderr)
@@ -255,7 +232,6 @@ def _possible_splits(options: argparse.Namespace, listing: Listing, names: list[
     A preset's splits that an incomplete data set cannot have are left out, with a message.
     """
 
-    may_lack_some = options.preset and "split" not in options.given
     possible = list[str]()
     for name in names:
         if name not in splits.NAMES:
@@ -264,7 +240,7 @@ def _possible_splits(options: argparse.Namespace, listing: Listing, names: list[
             splits.assign(listing.sources, name, options.seed)
         except UserError as error:
             none_is_left = name == names[-1] and not possible
-            if not may_lack_some or none_is_left:
+            if "split" not in options.by_preset or none_is_left:
                 bad = [(one.path, one.problem) for one in listing.sources if one.problem]
                 report_bad(bad, "recording", len(listing.sources))
                 raise
@@ -282,7 +258,6 @@ def _make_split(
     name: str,
     bad: int,
 ) -> None:
-
     root = make_split(
         options.dest,
         listing.sources,

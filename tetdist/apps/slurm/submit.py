@@ -247,7 +247,6 @@ def cancel(run_dir: Path) -> str:
 
 def summary(submission: Submission, config: RunConfig) -> str:
     """Return the log file, MLflow's command and the commands that watch, cancel and resume."""
-
     lines = [
         f"submitted job {submission.job}: {config.run_dir}",
         f"  log     tail -F {shlex.quote(str(submission.log_file))}",
