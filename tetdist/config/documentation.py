@@ -30,9 +30,6 @@ _BOUNDS = {annotated_types.Gt: "> {0.gt}", annotated_types.Ge: ">= {0.ge}"}
 _BOUNDS |= {annotated_types.Lt: "< {0.lt}", annotated_types.Le: "<= {0.le}"}
 
 
-_BOUND: dict[str, Any] = {kind.__name__.lower(): kind for kind in _BOUNDS}
-
-
 class Documented(NamedTuple):
     """The documentation of a key: allowed values, default, and meaning."""
 
@@ -84,12 +81,9 @@ def _of_all_kinds(prefix: str) -> dict[str, Documented]:
     for kind in NEURONS:
         types = get_type_hints(class_of(kind))
         for one in fields(class_of(kind)):
-            bounds = [_BOUND[name](limit) for name, limit in one.metadata["bounds"].items()]
-            documented = Documented(
-                _takes(types[one.name], bounds),
-                _default(one.default),
-                one.metadata["doc"],
-            )
+            bounds = FieldInfo(**one.metadata["bounds"]).metadata
+            takes, default = _takes(types[one.name], bounds), _default(one.default)
+            documented = Documented(takes, default, one.metadata["doc"])
             by_key.setdefault(f"{prefix}{one.name}", {})[kind] = documented
     merged = {}
     for key, of_kinds in by_key.items():

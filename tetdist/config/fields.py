@@ -14,7 +14,6 @@ from tetdist.errors import WrongValue
 MOST_PROFILED = 100  # steps
 TIMM = "timm:"  # before the name of one of timm's networks, where a path could stand
 
-
 # Larger values are typing errors, which C libraries would handle badly.
 Positive = Annotated[int, Field(gt=0, le=10**9)]
 Epochs = Annotated[int, Field(gt=0, le=10**6)]

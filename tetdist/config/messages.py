@@ -172,8 +172,8 @@ def nearest(root: type[BaseModel], location: Sequence[str]) -> str:
     if elsewhere := list(dict.fromkeys(filter(None, (_place_of(last, key) for key in keys)))):
         in_place = [key for key in elsewhere if not {*place}.isdisjoint(key.split("."))]
         alike = filter(None, [wording.nearest(".".join([*place, last]), elsewhere, 0.8)])
-        shown = in_place or [*alike] or elsewhere
-        return f"did you mean {' or '.join(map(repr, shown[:3]))}?"
+        keys_meant = in_place or [*alike] or elsewhere
+        return f"did you mean {' or '.join(map(repr, keys_meant[:3]))}?"
     # A misspelt or incomplete word: of the section, of others, or of another project.
     begun = (key for key in known if key.startswith(last))
     if close := next(begun, None) or wording.nearest(last, known, 0.7):

@@ -32,8 +32,6 @@ _LAUNCHER = re.compile(
     r"|(?:.*/)?deepspeed[./]launcher[./](?:launch|runner)(?:\.py)?"
     r"|(?:.*/)?torch[./]distributed[./](?:run|launch)(?:\.py)?"
 )
-
-
 # The part of DeepSpeed's launcher that its command starts on each host.
 _STARTED_LAUNCHER = re.compile(r"(?:.*/)?deepspeed[./]launcher[./]launch(?:\.py)?")
 # Programs, besides process 1, that adopt the children of an ended process.

@@ -99,8 +99,8 @@ def explaining(file: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise UserError(
-            f"{file} cannot be written ({error.strerror}), and nothing has changed: correct that or"
-            " choose another place, then run the same command again"
+            f"{file} cannot be written ({error.strerror or error}), and nothing has changed: "
+            "correct that or choose another place, then run the same command again"
         ) from error
 
 

@@ -16,7 +16,7 @@ from pydantic import Field
 
 from tetdist.config.fields import Positive, Section
 from tetdist.config.messages import checked
-from tetdist.config.yaml_files import read_value
+from tetdist.config.yaml_files import read_yaml
 from tetdist.errors import UserError
 
 # Duration of a restart, from the stop to the first new step: queue, imports, compilation.
@@ -71,7 +71,7 @@ class ClusterSection(Section):
 def gather(section: dict[str, Any], flags: dict[str, Any]) -> ClusterSection:
     """Combine the cluster's file, the section ``cluster:`` of a configuration and the flags."""
     file = cluster_file()
-    facts = _read(file) if file.is_file() else {}
+    facts = read_yaml(file) if file.is_file() else {}
     _checked(facts, str(file))
     _checked(section, "the configuration's section cluster")
     if "time" in flags:
@@ -114,17 +114,6 @@ def minutes(text: str, name: str = "cluster.time") -> int:
         hours, mins, seconds = 0, numbers[0], numbers[1] if len(numbers) == 2 else 0
     total = ((int(days or 0) * 24 + hours) * 60 + mins) * 60 + seconds
     return max(1, -(-total // 60))
-
-
-def _read(file: Path) -> dict[str, Any]:
-    try:
-        facts = read_value(file.read_text(), str(file))
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{file} cannot be read: {' '.join(str(error).split())}") from error
-    facts = {} if facts is None else facts
-    if not isinstance(facts, dict):
-        raise UserError(f"{file} must hold keys and values, such as `partition: gpu`")
-    return facts
 
 
 def _checked(facts: dict[str, Any], source: str) -> ClusterSection:

@@ -185,11 +185,7 @@ def _submit(options: argparse.Namespace) -> None:
 
 
 def check_draft(draft: Draft, options: argparse.Namespace) -> ClusterSection:
-    """Refuse a run that shows without torch that it cannot be submitted, or planned with --dry-run.
-
-    Returns:
-        The settings of its job.
-    """
+    """Return the settings of a run's job, after all checks that need no torch."""
     config, batch = draft.config, draft.config.batch
     cluster = cluster_of(config.cluster, options)
     if options.dry_run:
@@ -216,10 +212,8 @@ def _check_images(config: RunConfig, images: int | None) -> None:
 
 def cluster_of(section: dict[str, Any], options: argparse.Namespace) -> ClusterSection:
     """Combine the cluster's settings from all places; the number of GPUs is required."""
-    of_job = ("partition", "account", "qos", "constraint", "time", "setup")
-    names = ("nodes", "gpus_per_node", "cpus_per_task", *of_job)
-    flags = {name: value for name in names if (value := getattr(options, name)) is not None}
-    facts = gather(section, flags)
+    flags = {name: vars(options).get(name) for name in ClusterSection.model_fields}
+    facts = gather(section, {name: value for name, value in flags.items() if value is not None})
     if facts.gpus_per_node is None and getattr(options, "dry_run", False):
         if not options.assumes_gpus:  # once for all runs of a study
             print("without --gpus-per-node, the plan assumes 8", file=sys.stderr)

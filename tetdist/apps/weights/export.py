@@ -32,7 +32,7 @@ from tetdist.models.streaming import carrying_layers, run_step
 from tetdist.nn import neurons
 from tetdist.storage import checkpoint
 from tetdist.storage.bundled import TETDIST
-from tetdist.storage.files import made_aside
+from tetdist.storage.files import explaining, made_aside
 from tetdist.storage.hub import HF
 from tetdist.tables import markdown
 from tetdist.wording import counted
@@ -588,15 +588,6 @@ def _agreement(trained: Trained, run: Callable[[Tensor], Tensor]) -> str:
 @contextmanager
 def _aside(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside ``path``, and rename it to ``path`` at the end."""
-    if path.exists():
-        raise UserError(f"{path} exists; choose another --output, or remove it first")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # Keep the suffix, which some of the libraries check.
-        with made_aside(path, ending=path.suffix) as aside:
-            yield aside
-    except OSError as error:
-        raise UserError(
-            f"{path} cannot be written ({error.strerror or error}); make room, or choose "
-            "another --output"
-        ) from error
+    # Keep the suffix, which some of the libraries check.
+    with explaining(path), made_aside(path, ending=path.suffix) as aside:
+        yield aside
