@@ -192,7 +192,7 @@ def test_steps_sees_averages_that_are_wrong(farm, tmp_path):
         found = [json.loads(line) for line in output.splitlines() if line.startswith("[")]
         assert [name for name, _, _ in found] == [None, *AVERAGES]
         for name, status, text in found:
-            said = AVERAGES[name][-1] if name else "1 steps of torch, "
+            said = AVERAGES[name][-1] if name else "1 steps in 11 ways, on the CPU"
             assert (said in text, status) == (True, "bad" if name else "ok"), (name, text)
 
 

@@ -134,7 +134,8 @@ def test_a_lone_process_that_hangs_leaves_its_findings(farm, tmp_path, temporary
 
 
 def test_an_error_of_a_lone_process_is_a_finding_with_its_remedy(alone, tmp_path, monkeypatch):
-    def broken(_):
+    def broken(here):
+        here.progress("a case")
         raise RuntimeError("CUDA error: an illegal memory access\nmore")
 
     checks = {"first": lambda _: Finding("bad", "two builds", "pip uninstall one")}
@@ -144,7 +145,7 @@ def test_an_error_of_a_lone_process_is_a_finding_with_its_remedy(alone, tmp_path
     run.run_checks(list(checks), Machine(alone, tmp_path), found.__setitem__)
     found = {name: reported(findings) for name, findings in found.items()}
     assert [one["status"] for one in found.values()] == ["bad", "bad", "ok"]
-    assert found["second"]["text"] == "RuntimeError: CUDA error: an illegal memory access"
+    assert found["second"]["text"] == "a case: RuntimeError: CUDA error: an illegal memory access"
     assert "Traceback" in found["second"]["traceback"]
     assert conclusion(found, [], "cuda") == "to fix: first: pip uninstall one (then 1 more)"
 

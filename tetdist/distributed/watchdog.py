@@ -44,6 +44,7 @@ class Watch:
     """A watch that ends this process with status `PEER_FAILED` when another dies or hangs.
 
     Attributes:
+        where: The point that this process has reached.
         before_end: Called one after another before that with the message, to close what a killed
             process would leave open.
 
@@ -67,7 +68,7 @@ class Watch:
         self.world, self.timeout = world, timeout
         self.shows_errors, self.after, self.folder = shows_errors, after, folder
         self.before_end: list[Callable[[str], None]] = []
-        self._count, self._where, self._ended = 0, "the start", ""
+        self._count, self.where, self._ended = 0, "the start", ""
         self._failed = False  # through its own error, which it prints itself
         self._closing = threading.Event()
         self._ending = threading.Event()  # a verdict has been reached; this process ends with it
@@ -79,7 +80,7 @@ class Watch:
     def progress(self, where: str) -> None:
         """Report progress of this process; ``where`` describes the point reached."""
         self._count += 1
-        self._where = where
+        self.where = where
 
     def __enter__(self) -> "Watch":
         world = self.world
@@ -182,7 +183,7 @@ class Watch:
     def _report_alive(self) -> None:
         message = {
             "count": self._count,
-            "where": self._where,
+            "where": self.where,
             "host": socket.gethostname(),
             "pid": os.getpid(),
             "time": time.time(),

@@ -4,8 +4,8 @@ import dataclasses
 import faulthandler
 import gc
 import shutil
-import traceback
 from collections.abc import Callable, Sequence
+from traceback import format_exc
 from typing import Any
 
 import torch
@@ -65,9 +65,10 @@ def run_checks(
                 here.world.wait_for_device()
             except Exception as error:
                 watch.await_verdict(error)  # does not return if a lost process is the cause
+                place = watch.where.removeprefix(f"{name}: ")
                 text = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
-                stack = {"traceback": traceback.format_exc()}
-                finding = Finding("bad", text, remedies.of(error), stack)
+                text = text if place == "the start" else f"{place}: {text}"
+                finding = Finding("bad", text, remedies.of(error), {"traceback": format_exc()})
                 if here.world.world_size > 1 and name in TOGETHER:
                     add(name, [finding])
                     raise

@@ -25,7 +25,7 @@ STEPS = 6
 TIMEOUT = 280.0  # seconds for all runs; less than `run.LIMIT`, since the other processes wait
 RERUN = "train one of your runs with deterministic=true, alone on one GPU, for details"
 SLOW = "repeat the command, which then finds the compiled kernels; if that is no faster, report it"
-REPORT = "report this with the JSON file; it does not affect runs that are not stopped"
+REPORT = "report this with the JSON file; runs that resume, and saved weights, may be wrong"
 # Variables by which a run would take itself for one of several processes.
 LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
 DEVICES = ("cpu", "gpu")  # that decode; no test trains with the second, which needs a GPU

@@ -20,7 +20,7 @@ from tetdist.training.objective import compute_loss
 from tetdist.training.teacher import fingerprint
 
 STEPS = 3
-REPORT = "train with the other engine, and report this with the JSON file"
+REPORT = "avoid the setting that the line begins with, and report this with the JSON file"
 WITHOUT_GRAPHS = "train with cuda_graphs=false, and report this with the JSON file"
 # Cases: arguments of `training_step` by name. Tests run them, too, on a CPU and a pretended GPU.
 # Those that read from the device if the gradient is finite may synchronise: DeepSpeed at stages 1
@@ -88,7 +88,7 @@ def check_steps(here: Machine) -> Finding:
         if anywhere := [one for one in here.world.gather(wrong) if one is not None]:
             return Finding("bad", f"{name}: {anywhere[0]}", remedy, numbers)
     what = "without a synchronisation" if here.on_gpu else "on the CPU"
-    return Finding("ok", f"{STEPS} steps of {', '.join(numbers)}, {what}", None, numbers)
+    return Finding("ok", f"{STEPS} steps in {len(numbers)} ways, {what}", None, numbers)
 
 
 def take(here: Machine, settings: dict[str, Any]) -> dict[str, Any]:
