@@ -226,12 +226,14 @@ def test_dry_run_writes_nothing(tiny_config, tmp_path, capfd):
     assert yaml.safe_load(config)["cluster"]["gpus_per_node"] == 2
     assert Path(yaml.safe_load(config)["runs_dir"]).is_absolute()
     assert "5 an epoch, 10 in total (2 epochs)" in text
-    # Nothing says how many GPUs a node has.
-    assert main(["--config", str(file), "--dry-run", "batch.micro=1"]) == 0
-    captured = capfd.readouterr()
-    assert "# --- configuration" not in captured.out
-    assert "without --gpus-per-node, the plan assumes 8" in captured.err
-    assert "#SBATCH --gpus-per-node=8" in captured.out
+    # Nothing says how many GPUs a node has; 8 samples a step.
+    for micro, nodes, gpus in ((1, 1, 8), (4, 1, 2), (1, 4, 2), (8, 1, 1)):
+        plan = ["--config", str(file), "--dry-run", "--nodes", str(nodes), f"batch.micro={micro}"]
+        assert main(plan) == 0
+        captured = capfd.readouterr()
+        assert "# --- configuration" not in captured.out
+        assert f"without --gpus-per-node, the plan assumes {gpus}\n" in captured.err
+        assert f"#SBATCH --gpus-per-node={gpus}\n" in captured.out
     assert sorted(tmp_path.rglob("*")) == before
 
 

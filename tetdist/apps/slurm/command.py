@@ -92,7 +92,7 @@ def submit_parser() -> KeyParser:
         action="store_true",
         help="print plan and batch script; needs no Slurm, writes nothing",
     )
-    parser.set_defaults(assumes_gpus=False)
+    parser.set_defaults(assumes_gpus=0)
     text = "with --dry-run: also print the whole configuration"
     parser.add_argument("--print-config", action="store_true", help=text)
     parser.add_argument(
@@ -187,7 +187,7 @@ def _submit(options: argparse.Namespace) -> None:
 def check_draft(draft: Draft, options: argparse.Namespace) -> ClusterSection:
     """Return the settings of a run's job, after all checks that need no torch."""
     config, batch = draft.config, draft.config.batch
-    cluster = cluster_of(config.cluster, options)
+    cluster = cluster_of(config.cluster, options, batch.global_ // batch.micro)
     if options.dry_run:
         _check_images(config, options.images)
     else:
@@ -210,15 +210,21 @@ def _check_images(config: RunConfig, images: int | None) -> None:
         )
 
 
-def cluster_of(section: dict[str, Any], options: argparse.Namespace) -> ClusterSection:
-    """Combine the cluster's settings from all places; the number of GPUs is required."""
+def cluster_of(
+    section: dict[str, Any], options: argparse.Namespace, micro_batches: int = 8
+) -> ClusterSection:
+    """Combine the cluster's settings from all places; the number of GPUs is required.
+
+    A plan may lack it, and assumes 8, 4, 2 or 1: as many as can share the micro-batches of a step.
+    """
     flags = {name: vars(options).get(name) for name in ClusterSection.model_fields}
     facts = gather(section, {name: value for name, value in flags.items() if value is not None})
     if facts.gpus_per_node is None and getattr(options, "dry_run", False):
-        if not options.assumes_gpus:  # once for all runs of a study
-            print("without --gpus-per-node, the plan assumes 8", file=sys.stderr)
-        options.assumes_gpus = True
-        return facts.model_copy(update={"gpus_per_node": 8})
+        assumed = math.gcd(8, micro_batches // facts.nodes)
+        if options.assumes_gpus != assumed:  # once for all runs of a study that are alike
+            print(f"without --gpus-per-node, the plan assumes {assumed}", file=sys.stderr)
+        options.assumes_gpus = assumed
+        return facts.model_copy(update={"gpus_per_node": assumed})
     if facts.gpus_per_node is None:
         raise UserError(
             "the number of GPUs a node is missing; give --gpus-per-node G (0: train on the CPU) or "

@@ -57,7 +57,8 @@ def dry_run(runs: list[StudyRun], output: Path, options: Namespace) -> int:
             continue
         after = [needed for needed in run.needs if not is_trained(needed)]
         folders = [needed.folder for needed in after]
-        cluster = command.cluster_of(run.config.cluster, options)
+        batch = run.config.batch
+        cluster = command.cluster_of(run.config.cluster, options, batch.global_ // batch.micro)
         plan = submission.prepare(run.config, cluster, folders, options.images)
         seconds.append(math.nan if speed is None else seconds_of(plan, speed))
         print(f"{run.name}: {_time(seconds[-1])}{_starts_after(after)}", flush=True)
