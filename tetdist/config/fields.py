@@ -57,8 +57,6 @@ def _as_tuple(value: Any) -> Any:
 
 
 Names = Annotated[tuple[str, ...], BeforeValidator(_names)]
-
-
 Steps = Annotated[
     tuple[Positive, Positive], BeforeValidator(_steps), AfterValidator(_few_ascending)
 ]

@@ -166,28 +166,24 @@ def nearest(root: type[BaseModel], location: Sequence[str]) -> str:
         return "write a space after each colon"
     if last in _ELSEWHERE:
         return _ELSEWHERE[last]
-    section, keys = section_at(root, place), documented_keys(root)
+    section = section_at(root, place)
     known = keys_of(section or root)
+    keys = [key.replace(".N.", ".0.").split(".") for key in documented_keys(root)]
     # The right word at a wrong place.
-    if elsewhere := list(dict.fromkeys(filter(None, (_place_of(last, key) for key in keys)))):
+    ending = (".".join(parts[: parts.index(last) + 1]) for parts in keys if last in parts)
+    if elsewhere := list(dict.fromkeys(ending)):
         in_place = [key for key in elsewhere if not {*place}.isdisjoint(key.split("."))]
-        alike = filter(None, [wording.nearest(".".join([*place, last]), elsewhere, 0.8)])
-        keys_meant = in_place or [*alike] or elsewhere
+        alike = wording.nearest(".".join([*place, last]), elsewhere, 0.8)
+        keys_meant = in_place or ([alike] if alike else elsewhere)
         return f"did you mean {' or '.join(map(repr, keys_meant[:3]))}?"
     # A misspelt or incomplete word: of the section, of others, or of another project.
     begun = (key for key in known if key.startswith(last))
     if close := next(begun, None) or wording.nearest(last, known, 0.7):
         return f"did you mean {'.'.join([*(place if section else []), close])!r}?"
-    others = [] if place and section else [key.rpartition(".")[2] for key in keys]
+    others = [] if place and section else [parts[-1] for parts in keys]
     if close := wording.nearest(last, others, 0.7):
         return nearest(root, [*place, close])
     if close := wording.nearest(last, _ELSEWHERE, 0.9):
         return _ELSEWHERE[close]
     own = f"did you mean {'.'.join([*place, 'arguments', last])}? " if "arguments" in known else ""
     return f"{own}known keys: {', '.join(known)}"
-
-
-def _place_of(word: str, key: str) -> str | None:
-    """Return the dotted key or section that ends in a word of a documented key; None without."""
-    parts = key.replace(".N.", ".0.").split(".")
-    return ".".join(parts[: parts.index(word) + 1]) if word in parts else None

@@ -153,12 +153,14 @@ def _shown(value: Any) -> str:
 
 def _claim(dest: Path, source: Path, settings: Settings) -> None:
     """Record the settings of the tensors, or compare them with the recorded ones."""
+    # Through JSON, which turns tuples to lists, as for the recorded settings.
+    parameters = json.loads(json.dumps(settings.as_dict()))
     manifest = {
         "tool": "tools/prebin_dvs.py",
         "format_version": _FORMAT_VERSION,
         "tetdist": tetdist.__version__,
         "source": str(source.resolve()),
-        "parameters": settings.as_dict(),
+        "parameters": parameters,
     }
     file = dest / _MANIFEST
     # Without tensors, nothing depends on the recorded settings.
@@ -171,14 +173,12 @@ def _claim(dest: Path, source: Path, settings: Settings) -> None:
         recorded = {"format_version": before["format_version"], **before["parameters"]}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{file} is damaged ({error!r}); {_way_out()}") from error
-    current = {"format_version": _FORMAT_VERSION, **settings.as_dict()}
+    current = {"format_version": _FORMAT_VERSION, **parameters}
     for name in sorted(current.keys() | recorded.keys()):
-        # Convert through JSON, which turns tuples to lists, as for the recorded value.
-        now = json.loads(json.dumps(current.get(name)))
-        if now != recorded.get(name):
+        if current.get(name) != recorded.get(name):
             raise UserError(
                 f"the tensors in {dest} were made with {name}={_shown(recorded.get(name))}, not"
-                f" {_shown(now)}; {_way_out()}"
+                f" {_shown(current.get(name))}; {_way_out()}"
             )
 
 
