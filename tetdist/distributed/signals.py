@@ -45,7 +45,7 @@ class StopRequest(ExitStack):
     """
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
-    PATIENCE = 6.0
+    PATIENCE = 2.0
 
     def __init__(self, world: World) -> None:
         super().__init__()

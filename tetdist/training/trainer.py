@@ -89,7 +89,7 @@ class Trainer:
             ):
                 if (tracker := self.tracker) is not None:
                     self.watch.before_end.append(lambda _: tracker.close("FAILED", timeout=5))
-                    self.stop.before_end.append(lambda: tracker.close("FAILED", timeout=5))
+                    self.stop.before_end.append(lambda: tracker.close("FAILED", timeout=1))
                     seen = Watched(run, tracker, self.step, self.finished)
                     self.observers = Observers.of(make_observers, seen)
                 try:
