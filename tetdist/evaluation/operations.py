@@ -95,6 +95,33 @@ class Operations:
 PRESENTATIONS, PRESENTED_SYNAPSES, CARRIED, NOT_WHOLE, NOT_QUARTERS, UPDATES = range(6)
 
 
+class FanOuts:
+    """Numbers of outputs that a spike of one channel reaches, by layer and size of its input."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[nn.Module, torch.Size], Tensor] = {}
+
+    def of(self, layer: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        """Return them for a layer that maps ``x`` to ``y``: (H, W), or () of a linear layer."""
+        if not isinstance(layer, nn.Conv2d):
+            return x.new_full((), y.shape[-1], dtype=torch.float64)
+        key = (layer, x.shape[-2:])
+        if key not in self._known:
+            reached = F.conv_transpose2d(
+                x.new_ones(1, 1, *y.shape[-2:], dtype=torch.float64),
+                x.new_ones(1, 1, *layer.kernel_size, dtype=torch.float64),
+                stride=layer.stride,
+                dilation=layer.dilation,
+            )[0, 0]
+            # Cut the padding off. A stride's last window may end before the input, so enlarge the
+            # result first.
+            assert not isinstance(layer.padding, str)
+            (top, left), (height, width) = layer.padding, x.shape[-2:]
+            reached = F.pad(reached, (0, width, 0, height))[top:, left:][:height, :width]
+            self._known[key] = reached * (layer.out_channels // layer.groups)
+        return self._known[key]
+
+
 class OperationCounts(AbstractContextManager["OperationCounts"]):
     """Counts of the forward passes within this context, on one process; `total` adds all up.
 
@@ -109,7 +136,7 @@ class OperationCounts(AbstractContextManager["OperationCounts"]):
     def __init__(self, model: nn.Module) -> None:
         self._latest = LatestLevels(model)
         self._weights: dict[str, int] = {}
-        self._fan_outs: dict[tuple[str, torch.Size], Tensor] = {}
+        self._fan_outs = FanOuts()
         self._hooks = hooks = ExitStack()
         self._most_spikes = max(
             ((one.levels or 1) * one.highest for one in neurons_of(model)), default=1
@@ -141,11 +168,10 @@ class OperationCounts(AbstractContextManager["OperationCounts"]):
             levels = 1 if name == self._of_input else self._latest.levels or 1
             sums = self._sums_on(x.device, name)
             presentations = x.shape[0] * x.shape[1]  # T * B
+            fan_out = self._fan_outs.of(module, x, output)
             if isinstance(module, nn.Conv2d):
-                fan_out = self._fan_out(name, module, x, output)
-                carried, inputs_a_position = _over_positions(x) * fan_out, x.shape[2]
+                carried, inputs_a_position = over_positions(x) * fan_out, x.shape[2]
             else:
-                fan_out = torch.tensor(float(output.shape[-1]), device=x.device)
                 carried, inputs_a_position = native_pool.total(x) * fan_out, x.shape[-1]
             sums[PRESENTATIONS] += presentations
             sums[PRESENTED_SYNAPSES] += presentations * inputs_a_position * fan_out.sum()
@@ -177,24 +203,6 @@ class OperationCounts(AbstractContextManager["OperationCounts"]):
         self._ran_last, self._sums[name] = name, self._sums[name].to(device)
         return self._sums[name]
 
-    def _fan_out(self, name: str, conv: nn.Conv2d, x: Tensor, y: Tensor) -> Tensor:
-        """Return how many outputs a spike of one channel reaches from each position, (H, W)."""
-        key = (name, x.shape[-2:])
-        if key not in self._fan_outs:
-            reached = F.conv_transpose2d(
-                x.new_ones(1, 1, *y.shape[-2:], dtype=torch.float64),
-                x.new_ones(1, 1, *conv.kernel_size, dtype=torch.float64),
-                stride=conv.stride,
-                dilation=conv.dilation,
-            )[0, 0]
-            # Cut the padding off. A stride's last window may end before the input, so enlarge the
-            # result first.
-            assert not isinstance(conv.padding, str)
-            (top, left), (height, width) = conv.padding, x.shape[-2:]
-            reached = F.pad(reached, (0, width, 0, height))[top:, left:][:height, :width]
-            self._fan_outs[key] = reached * (conv.out_channels // conv.groups)
-        return self._fan_outs[key]
-
     def total(self, world: World, samples: int) -> Operations:
         """Return the operations of an average sample, of ``samples`` on all processes together.
 
@@ -221,7 +229,7 @@ def _layer(sums: list[float], weights: int, samples: int) -> LayerOperations:
     return LayerOperations(accumulates, multiplied, synapses, weights, sums[UPDATES] / samples)
 
 
-def _over_positions(x: Tensor) -> Tensor:
+def over_positions(x: Tensor) -> Tensor:
     """Return sums of (T, B, C, H, W) over all dimensions except positions, (H, W)."""
     # The channels come last in memory, and summing in that order is fast.
     rows = x.permute(0, 1, 3, 4, 2).flatten(0, 1)

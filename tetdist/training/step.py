@@ -22,6 +22,7 @@ from tetdist.training import graphs, health
 from tetdist.training.ema import WeightAverage
 from tetdist.training.engines.base import Engine, Update
 from tetdist.training.objective import compute_loss
+from tetdist.training.operations import SynapticOperations
 from tetdist.training.teacher import Teacher
 
 # Positions in a step's sums.
@@ -61,6 +62,7 @@ class Step:
         self.loss = config.loss_of(self.section)
         model.set_timesteps(self.section.most_timesteps)
         self.teacher = teacher if self.loss.distillation.weight else None
+        self._operations = SynapticOperations(model) if self.loss.operations else None
         self._dropping = dropout.dropping(model)
         self._num_factors = dropout.num_factors(self._dropping)
         self._run: Callable[..., Tensor] = self._add_micro_batch
@@ -125,14 +127,20 @@ class Step:
         A CUDA graph captures this call: only work on the device is repeated.
         """
         self._drop(dropped)
-        logits = self.engine.forward(images)  # (T, B, K)
+        with self._counted():
+            logits = self.engine.forward(images)  # (T, B, K)
         loss = self._loss(images, logits, targets)
         self.engine.backward(loss)
         return sums_of(logits.detach(), targets, loss.detach())
 
     def _loss(self, images: Tensor, logits: Tensor, targets: Tensor) -> Tensor:
         check_logits(logits, self.model.timesteps, len(images), self.model.num_classes)
-        return compute_loss(self.loss, logits, targets, self._teacher_logits(images))
+        operations = None if self._operations is None else self._operations.share()
+        return compute_loss(self.loss, logits, targets, self._teacher_logits(images), operations)
+
+    def _counted(self) -> contextlib.AbstractContextManager[None]:
+        """Count the synaptic operations of a forward pass, if they have a weight."""
+        return contextlib.nullcontext() if self._operations is None else self._operations.counted()
 
     def _teacher_logits(self, images: Tensor) -> Tensor | None:
         return None if self.teacher is None else self.teacher(images)
@@ -171,7 +179,7 @@ class Step:
         def loss(images: Tensor, targets: Tensor) -> Tensor:
             dropped = self._draw(step, next(numbers))
             self._drop(dropped)
-            with autocast(self.world.device, self.config.precision):
+            with autocast(self.world.device, self.config.precision), self._counted():
                 logits = self.model(images, per_timestep=True)
             return self._loss(images, logits, targets)
 

@@ -65,6 +65,10 @@ class LossSection(Section):
     label_smoothing: OpenFraction = 0.0
     """Label smoothing: the part of the target's probability that is spread evenly over all classes,
     as in torch's cross_entropy; timm's smoothing."""
+    operations: Annotated[float, Field(ge=0)] = 0.0
+    """Weight of a sample's synaptic operations, which spikes cause: one at each synapse that they
+    reach, as a share of the dense operations of the layers that read spikes (the mean density of
+    these layers' inputs, weighted by their fan-out); 0: off. Fewer spikes are faster on a CPU."""
     arguments: dict[str, Any] = {}
     """Further keyword arguments of your own loss."""
     distillation: DistillationSection = DistillationSection()
@@ -116,6 +120,8 @@ class LossSection(Section):
                 text = ", ".join([other, *(f"{k} {v}" for k, v in self.arguments.items())])
         if self.label_smoothing:
             text += f", label smoothing {self.label_smoothing:g}"
+        if self.operations:
+            text += f"; {self.operations:g} x synaptic operations"
         distillation = self.distillation
         if distillation.teacher is not None:
             text += f"; {distillation.weight:g} x divergence from {distillation.teacher}"
