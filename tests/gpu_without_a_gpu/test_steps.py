@@ -41,6 +41,7 @@ EVERYTHING = (
     "gradient_clipping=1.0",
     "loss.distillation.teacher=timm:resnet18",
     "loss.distillation.self_weight=0.1",
+    "loss.operations=0.1",
     "ema.decay=0.999",
     "model.freeze=[stem]",
 )

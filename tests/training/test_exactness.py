@@ -24,6 +24,7 @@ SEW = {
         {"epochs": 1, "timesteps": [1, 2], "optimizer": "continue"},
     ],
     "ema": {"decay": 0.8},
+    "loss.operations": 0.1,
     "data.images_as_events": {"ratio": 0.15},  # of noise: places that differ change the losses
     "log_every": 4,  # runs are stopped in the middle of a line of metrics
     "imports": [str(tiny.RECORD)],

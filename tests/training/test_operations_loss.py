@@ -12,26 +12,13 @@ from tetdist.nn.norm_neuron import Neuron
 from tetdist.nn.packed import AvgPool, Conv2d
 from tetdist.training.operations import SynapticOperations
 
-SEW = {"width": 4, "num_classes": 3}
-
-
-def made(name, neuron=None, dtype=torch.float64, execution="reference", **arguments):
-    torch.manual_seed(0)
-    model = timm.create_model(name, timesteps=2, neuron=neuron, **arguments).to(dtype)
-    model.set_execution(execution)
-    return model.train()
-
-
-def images(count, size, dtype=torch.float64):
-    return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(1)).to(dtype)
-
 
 def share_and_gradients(model, x):
     operations = SynapticOperations(model)
     with operations.counted():
         model(x, per_timestep=True)
-    share = operations.share()
-    return share, gradients_of(share, model)
+        share = operations.share()
+        return share, gradients_of(share, model)
 
 
 def gradients_of(share, model):
@@ -39,52 +26,66 @@ def gradients_of(share, model):
 
 
 def by_definition(model, x, spikes_of_one):
-    """The same from convolutions with ones, of the inputs that ``spikes_of_one`` names."""
+    """The same from convolutions with ones, of all inputs but the image, and real numbers."""
     sums, ones = [], torch.ones_like
-    for name, factor in spikes_of_one.items():
 
-        def count(layer, inputs, factor=factor):
-            function, keys = F.linear, {}
-            (spikes,), weight = inputs, ones(layer.weight)
-            if isinstance(layer, nn.Conv2d):
-                keys = {"stride": layer.stride, "padding": layer.padding}
-                function, spikes = F.conv2d, spikes.flatten(0, 1)
-            dense = function(ones(spikes), weight, **keys).sum()
-            sums.append(torch.stack([factor * function(spikes, weight, **keys).sum(), dense]))
+    def count(layer, inputs):
+        function, keys, (spikes,), weight = F.linear, {}, inputs, ones(layer.weight)
+        if isinstance(layer, nn.Conv2d):
+            keys = {"stride": layer.stride, "padding": layer.padding}
+            function, spikes = F.conv2d, spikes.flatten(0, 1)
+        dense = function(ones(spikes), weight, **keys).sum()
+        sums.append(torch.stack([spikes_of_one * function(spikes, weight, **keys).sum(), dense]))
 
-        model.get_submodule(name).register_forward_pre_hook(count)
+    for name, layer in model.named_modules():
+        is_real = isinstance(layer, nn.Linear) and model.global_pool != "flatten"
+        if isinstance(layer, nn.Conv2d | nn.Linear) and name != "stem.conv" and not is_real:
+            layer.register_forward_pre_hook(count)
     model(x, per_timestep=True)
     spikes, dense = torch.stack(sums).sum(0)
     return spikes / dense, gradients_of(spikes / dense, model)
 
 
-def assert_same(result, expected, **tolerance):
+def assert_same(result, expected):
     assert result[0] > 0.01
     assert any(gradient.abs().max() > 1e-4 for gradient in result[1])
-    torch.testing.assert_close(result, expected, **tolerance)
+    torch.testing.assert_close(result, expected)
 
 
-CONVNET = ("blocks.0.conv", "blocks.1.conv", "fc")
+# The network, an image's side, and the number of spikes that a value of 1 is. Several spikes of
+# I-LIF count each, and those of NI-LIF, which sends quarters; sums of spikes count in a SEW-ResNet,
+# and the mean of 3x3 positions before its classifier does not.
 CASES = {
-    "spiking_convnet": (28, {"kind": "lif"}, dict.fromkeys(CONVNET, 1)),
-    # Several spikes count each, and those of NI-LIF, which sends quarters, too.
-    "ilif": (28, {"kind": "ilif", "most_spikes": 3}, dict.fromkeys(CONVNET, 1)),
-    "nilif": (28, {"kind": "nilif", "most_spikes": 4}, dict.fromkeys(CONVNET, 4)),
-    # Sums of spikes count, the mean of 3x3 positions before the classifier does not.
-    "sew_resnet18": (96, None, None),
+    "lif": ("spiking_convnet", {}, 28, 1),
+    "ilif": ("spiking_convnet", {"neuron": {"kind": "ilif", "most_spikes": 3}}, 28, 1),
+    "nilif": ("spiking_convnet", {"neuron": {"kind": "nilif", "most_spikes": 4}}, 28, 4),
+    "sums": ("sew_resnet18", {"width": 4, "num_classes": 3}, 96, 1),
 }
 
 
+@pytest.mark.parametrize("segment", [None, 1])
 @pytest.mark.parametrize("case", CASES)
-def test_value_and_gradient_are_those_of_the_definition(case):
-    size, neuron, factors = CASES[case]
-    name, arguments = ("sew_resnet18", SEW) if factors is None else ("spiking_convnet", {})
-    model, x = made(name, neuron, **arguments), images(2, size)
-    convs = [n for n, m in model.named_modules() if isinstance(m, Conv2d) and n != "stem.conv"]
+def test_value_and_gradient_are_those_of_the_definition(case, segment):
+    """With recomputed blocks, and by halves of the samples, too."""
+    name, arguments, size, spikes_of_one = CASES[case]
+    torch.manual_seed(0)
+    model = timm.create_model(name, timesteps=2, **arguments).double()
+    model.set_execution("reference")
+    model.set_segment(segment)
+    x = torch.randn(4, 3, size, size, dtype=torch.float64)
     result = share_and_gradients(model, x)
-    assert_same(result, by_definition(model, x, factors or dict.fromkeys(convs, 1)))
-    fused = share_and_gradients(made(name, neuron, torch.float32, "fused", **arguments), x.float())
-    assert fused[0].item() == pytest.approx(result[0].item(), rel=0.01)
+    model.set_grad_checkpointing(True)
+    assert_same(share_and_gradients(model, x), result)
+    model.set_grad_checkpointing(False)
+    model.eval()  # Norms see each sample alone.
+    whole, *halves = (share_and_gradients(model, part) for part in (x, x[:2], x[2:]))
+    means = [sum(pair) / 2 for pair in zip(*(gradients for _, gradients in halves), strict=True)]
+    assert_same(whole, ((halves[0][0] + halves[1][0]) / 2, tuple(means)))
+    model.train().set_execution("fused")
+    fused = share_and_gradients(model.float(), x.float())[0]
+    assert fused.item() == pytest.approx(result[0].item(), rel=0.01)
+    model.double().set_execution("reference")
+    assert_same(result, by_definition(model, x, spikes_of_one))
 
 
 def test_a_mean_of_four_counts_its_spikes():
@@ -97,28 +98,17 @@ def test_a_mean_of_four_counts_its_spikes():
     operations = SynapticOperations(layers)
     with operations.counted():
         layers(x)
-    assert operations.share() == 2 * (9 + 4 + 6) / (2 * (4 * 4 * 9 - 4 * 3 * 4 + 4))
+        assert operations.share() == 2 * (9 + 4 + 6) / (2 * (4 * 4 * 9 - 4 * 3 * 4 + 4))
     assert not any(module._forward_hooks for module in layers.modules())
-
-
-def test_micro_batches_have_the_mean_of_their_samples():
-    model, x = made("spiking_convnet").eval(), images(4, 28)
-    halves = [share_and_gradients(model, half) for half in x.split(2)]
-    means = [torch.stack(pair).mean(0) for pair in zip(*(half[1] for half in halves), strict=True)]
-    share = (halves[0][0] + halves[1][0]) / 2
-    assert halves[0][0] != halves[1][0]
-    assert_same(share_and_gradients(model, x), (share, tuple(means)))
 
 
 def test_a_step_adds_the_share_to_its_loss(alone):
     case = {"size": 28, "batch": 2, "accumulation": 1, "timesteps": 2}
-
-    def step(weight):
-        settings = {"engine": "torch", "precision": "fp64", "loss": {"operations": weight}}
-        return made_up.training_step(alone, "spiking_convnet", **case, **settings)
-
-    losses = {weight: float(step(weight).take()[0] / 2) for weight in (0.0, 0.5, 1.0)}
-    model = step(0.0).step.model
-    share, _ = share_and_gradients(model, step(0.0).batch_of(0, 0)[0])
-    assert losses[1.0] - losses[0.0] == pytest.approx(share.item(), rel=1e-9)
-    assert losses[0.5] - losses[0.0] == pytest.approx(share.item() / 2, rel=1e-9)
+    case |= {"engine": "torch", "precision": "fp64"}
+    steps = [
+        made_up.training_step(alone, "spiking_convnet", loss={"operations": weight}, **case)
+        for weight in (0.0, 0.5)
+    ]
+    share, _ = share_and_gradients(steps[0].step.model, steps[0].batch_of(0, 0)[0])
+    without, added = (step.take()[0].item() / 2 for step in steps)
+    assert added - without == pytest.approx(0.5 * share.item(), rel=1e-9)

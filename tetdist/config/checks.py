@@ -69,9 +69,6 @@ def check(config: RunConfig, *, only_used: bool) -> None:
 def _check_loss(config: RunConfig, key: str, loss: LossSection) -> None:
     with within(key):
         loss.check_arguments()
-    if loss.operations and config.recompute != "none":
-        what = "counts no spikes within recomputed blocks; set recompute=none, or 0"
-        raise WrongValue(f"{key}.operations", what, loss.operations)
     if loss.operations and config.model.neuron.levels is None:
         what = "needs spikes, and the neurons that model.neuron names send real numbers; set 0"
         raise WrongValue(f"{key}.operations", what, loss.operations)

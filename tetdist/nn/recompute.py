@@ -11,7 +11,8 @@ only the packed input grows with T.
 
 import contextlib
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +23,31 @@ from torch.autograd.function import once_differentiable
 from tetdist.nn import batch_norm, dropout
 from tetdist.nn.norm_neuron import NeuronLayer, carrying_membranes
 from tetdist.nn.packed import Halved, Packed, halve, is_marked, marked, pack, packed_of, with_packed
+
+_terms: ContextVar[list[Tensor]] = ContextVar("_terms")
+
+
+@contextlib.contextmanager
+def gathering() -> Iterator[list[Tensor]]:
+    """Gather what layers `add` in this thread: parts of a loss, of one shape, which are summed.
+
+    A recomputed block adds the sum of its layers' parts, whose gradient reaches the layers.
+    """
+    terms: list[Tensor] = []
+    token = _terms.set(terms)
+    try:
+        yield terms
+    finally:
+        _terms.reset(token)
+
+
+def _total(terms: list[Tensor]) -> Tensor | None:
+    return torch.stack(terms).sum(0) if terms else None
+
+
+def add(term: Tensor) -> None:
+    """Add a part of a loss; see `gathering`."""
+    _terms.get().append(term)
 
 
 class Block:
@@ -87,7 +113,10 @@ class Block:
 
     def recomputed(self, x: Tensor) -> Tensor:
         """Run all segments, keeping only the packed input for the backward pass."""
-        return _Recomputed.apply(x, self, is_marked(x), *self.parameters)
+        y, total = _Recomputed.apply(x, self, is_marked(x), *self.parameters)
+        if total is not None:
+            add(total)
+        return y
 
     def pack(self, x: Tensor) -> "Kept":
         """Return the kept form of an input."""
@@ -130,7 +159,7 @@ class _Recomputed(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, block: Block, are_spikes: bool, *_parameters: Tensor
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor | None]:
         # Both passes must take the same kernels.
         ctx.are_spikes = are_spikes
         x = marked(x) if are_spikes else x
@@ -141,13 +170,15 @@ class _Recomputed(torch.autograd.Function):
         # Autograd keeps the tensor and frees it with the graph.
         ctx.save_for_backward(kept if isinstance(kept, Tensor) else kept.values)
         ctx.form = None if isinstance(kept, Tensor) else kept._replace(values=x.new_empty(0))
-        return block.run_all(x)
+        with gathering() as terms:
+            y = block.run_all(x)
+        return y, _total(terms)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Any, ...]:
         block: Block = ctx.block
-        (x,) = ctx.saved_tensors
+        (x,), ctx.grad_total = ctx.saved_tensors, grad_outputs[1]
         if ctx.form is not None:
             x = ctx.form._replace(values=x).numbers(ctx.dtype)
         x = marked(x) if ctx.are_spikes else x
@@ -158,7 +189,7 @@ class _Recomputed(torch.autograd.Function):
         parts = zip(block.split(x), block.lengths, grads, strict=True)
         segments = [_Segment(part, length, None, grad) for part, length, grad in parts]
         with batch_norm.recomputing(), dropout.using(block.dropping, ctx.factors):
-            with torch.no_grad(), ctx.autocast():
+            with torch.no_grad(), ctx.autocast(), gathering():
                 for segment, later in itertools.pairwise(segments):
                     later.membranes = block.run(segment.x, segment.timesteps, segment.membranes)[1]
             grads_x: list[Tensor | None] = []
@@ -191,16 +222,19 @@ def _segment_gradients(ctx: Any, segment: _Segment, grad_ends: list[Tensor]) -> 
     """
     block: Block = ctx.block
     needs_x: bool = ctx.needs_input_grad[0]
-    with torch.enable_grad(), ctx.autocast():
+    with torch.enable_grad(), ctx.autocast(), gathering() as terms:
         packed = packed_of(segment.x)
         x = marked(segment.x.detach().requires_grad_(needs_x), segment.x)
         if packed:
             with_packed(x, packed)
         starts = [membrane.detach().requires_grad_() for membrane in segment.membranes or []]
         output, ends = block.run(x, segment.timesteps, starts or None)
+        total = _total(terms)
     outputs = [(output, segment.grad_output)]
     if grad_ends:
         outputs += zip(ends, grad_ends, strict=True)
+    if total is not None:
+        outputs.append((total, ctx.grad_total))
     # Layers without a membrane, such as ReLU, neither read nor return one.
     ran, grads = zip(*(pair for pair in outputs if pair[0].requires_grad), strict=True)
     inputs = [x] * needs_x + starts

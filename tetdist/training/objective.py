@@ -7,11 +7,7 @@ from tetdist.losses import LOSSES, distillation_loss, error_aware_alignment, sel
 
 
 def compute_loss(
-    settings: LossSection,
-    logits: Tensor,
-    targets: Tensor,
-    teacher_logits: Tensor | None = None,
-    operations: Tensor | None = None,
+    settings: LossSection, logits: Tensor, targets: Tensor, teacher_logits: Tensor | None = None
 ) -> Tensor:
     """Compute the configured loss, ().
 
@@ -19,7 +15,6 @@ def compute_loss(
         logits: Output before softmax at each timestep, (T, B, K).
         targets: Class numbers, (B,), int64, or fractions of the classes, (B, K).
         teacher_logits: Logits of the teacher, (B, K), if there is one.
-        operations: `SynapticOperations.share`, (), if it has a weight.
     """
     loss = LOSSES[settings.kind]
     options = {
@@ -41,6 +36,4 @@ def compute_loss(
         target = self_target(distillation.self_target, learning, targets)
         divergence = distillation_loss(learning, target, temperature=distillation.temperature)
         total = total + distillation.self_weight * divergence
-    if operations is not None:
-        total = total + settings.operations * operations.to(total.dtype)
     return total

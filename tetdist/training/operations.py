@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from tetdist.evaluation.operations import FanOuts, over_positions
 from tetdist.nn.norm_neuron import LatestLevels
+from tetdist.nn.recompute import add, gathering
 
 
 class SynapticOperations:
@@ -27,21 +28,22 @@ class SynapticOperations:
         self._model, self._fan_outs = model, FanOuts()
         # Networks register their layers in the order in which they run: the first reads the input.
         self._layers = [m for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Linear))][1:]
-        self._sums: list[Tensor] = []
+        self._levels: dict[nn.Module, int] = {}  # of the spikes that a layer reads
 
     @contextlib.contextmanager
     def counted(self) -> Iterator[None]:
-        """Count the forward pass within this context; `share` returns the result."""
+        """Count forward passes within this context, for `share`, and in their backward passes."""
         self._latest = LatestLevels(self._model)
-        with contextlib.ExitStack() as hooks:
+        with gathering() as self._sums, contextlib.ExitStack() as hooks:
             hooks.callback(self._latest.remove)
             for layer in self._layers:
                 hooks.enter_context(layer.register_forward_hook(self._count))
             yield
 
     def share(self) -> Tensor:
-        """Return the share, (), float64: up to 1, or to the most spikes of a neuron a timestep."""
-        (spikes, dense), self._sums = torch.stack(self._sums).sum(0), []
+        """Return the share of the pass, (), float64: up to the most spikes of a layer's input."""
+        spikes, dense = torch.stack(self._sums).sum(0)
+        self._sums.clear()
         return spikes / dense.clamp(min=1)
 
     def _count(self, layer: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
@@ -51,11 +53,11 @@ class SynapticOperations:
             carried = over_positions(x if x.ndim == 5 else x[None])
         else:
             carried = x.sum(dtype=torch.promote_types(x.dtype, torch.float32)).double()
-        per_spike = _spikes_of_one(x.detach(), self._latest.levels or 1)
+        # In a recomputation, the neuron that ran last is another.
+        levels = self._levels.setdefault(layer, self._latest.levels or 1)
+        per_spike = _spikes_of_one(x.detach(), levels)
         dense = x.numel() / fan_out.numel() * fan_out.sum()
-        self._sums.append(
-            torch.stack([per_spike * (carried * fan_out).sum(), (per_spike > 0) * dense])
-        )
+        add(torch.stack([per_spike * (carried * fan_out).sum(), (per_spike > 0) * dense]))
 
 
 def _spikes_of_one(x: Tensor, levels: int) -> Tensor:

@@ -129,17 +129,19 @@ class Step:
         self._drop(dropped)
         with self._counted():
             logits = self.engine.forward(images)  # (T, B, K)
-        loss = self._loss(images, logits, targets)
-        self.engine.backward(loss)
+            loss = self._loss(images, logits, targets)
+            self.engine.backward(loss)
         return sums_of(logits.detach(), targets, loss.detach())
 
     def _loss(self, images: Tensor, logits: Tensor, targets: Tensor) -> Tensor:
         check_logits(logits, self.model.timesteps, len(images), self.model.num_classes)
-        operations = None if self._operations is None else self._operations.share()
-        return compute_loss(self.loss, logits, targets, self._teacher_logits(images), operations)
+        loss = compute_loss(self.loss, logits, targets, self._teacher_logits(images))
+        if self._operations is None:
+            return loss
+        return loss + self.loss.operations * self._operations.share().to(loss.dtype)
 
     def _counted(self) -> contextlib.AbstractContextManager[None]:
-        """Count the synaptic operations of a forward pass, if they have a weight."""
+        """Count synaptic operations in this context, if they have a weight."""
         return contextlib.nullcontext() if self._operations is None else self._operations.counted()
 
     def _teacher_logits(self, images: Tensor) -> Tensor | None:
@@ -179,11 +181,11 @@ class Step:
         def loss(images: Tensor, targets: Tensor) -> Tensor:
             dropped = self._draw(step, next(numbers))
             self._drop(dropped)
-            with autocast(self.world.device, self.config.precision), self._counted():
+            with autocast(self.world.device, self.config.precision):
                 logits = self.model(images, per_timestep=True)
             return self._loss(images, logits, targets)
 
-        with self._timesteps_of(step):
+        with self._timesteps_of(step), self._counted():
             return health.examine(self.model, batches, loss)
 
 
