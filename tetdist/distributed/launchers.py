@@ -9,6 +9,7 @@ This module imports nothing heavy, because commands import it first.
 """
 
 import contextlib
+import functools
 import json
 import os
 import re
@@ -99,6 +100,7 @@ def launchers() -> list[Process]:
     return [*_named_launcher(), *_launching_ancestors()]
 
 
+@functools.cache  # one thread serves the process, whoever asks first
 def end_with_launchers() -> None:
     """Start a thread that ends this process when one of its launchers ends; see the module."""
     if started_by := launchers():

@@ -209,8 +209,7 @@ def join(
             backend, store=dist.HashStore(), rank=0, world_size=1, timeout=limit
         )
         return World(0, 1, this_device, dist.new_group(backend="gloo"))
-    if "TETDIST_COMMAND" not in os.environ:  # else the command has done so
-        end_with_launchers()
+    end_with_launchers()
     store = rendezvous.join(rank, world_size, timeout, shared_folder, run)
     with rendezvous.limited(timeout, "a process is lost while all connect to each other"):
         dist.init_process_group(
