@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 import pages
+import zeros
 from relu_networks import relu_network
 from torch import Tensor, nn
 
@@ -292,7 +293,7 @@ def transformer_table(record: dict[str, Any]) -> str:
 
 def page(record: dict[str, Any]) -> str:
     """Return the page with new tables."""
-    tables = [step_table(record), resnet_table(record), transformer_table(record)]
+    tables = [step_table(record), resnet_table(record), transformer_table(record), zeros.table()]
     return pages.with_tables(PAGE.read_text(), tables)
 
 

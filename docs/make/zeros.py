@@ -1,6 +1,7 @@
 """Measure what skipping the zeros of spikes saves on this machine's CPU, for docs/performance.md.
 
-    python docs/make/zeros.py        # writes docs/performance/zeros.json and the page's tables
+    python docs/make/zeros.py            # writes docs/performance/zeros.json
+    python docs/make/performance.py      # then writes the page
 
 Networks have random weights and images. Their norms' biases, all equal, set how many inputs of
 convolutions are spikes. All contestants of a row take turns in one process, on one thread.

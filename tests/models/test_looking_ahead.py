@@ -165,6 +165,21 @@ def test_the_verdict_of_a_fresh_network_holds_at_any_t_and_random_numbers_stay(t
         assert model.timesteps == timesteps
 
 
+IN_PAIRS = ATTENTION.replace(
+    "x.mean((0, 3, 4))[None]",
+    """torch.cat(
+            [pair.mean(0, keepdim=True).expand_as(pair) for pair in x.mean((3, 4)).split(2)]
+        )""",
+)
+
+
+def test_a_layer_that_joins_timesteps_in_pairs_is_found_at_an_odd_t(tmp_path):
+    """The third timestep is alone, so that T = 3 and T = 2 agree."""
+    model = toy(with_layer(IN_PAIRS, "Attention(4 * width, False)"), tmp_path, timesteps=3)
+    check_network("toy", model, (3, 16, 16))
+    assert model.looks_ahead
+
+
 UNDECIDED = """
 import torch
 from torch import nn

@@ -479,7 +479,6 @@ def test_mistakes_in_a_study_are_named(output_of, write, tmp_path, changes, word
         (("data.root=nowhere", "--dry-run"), ("4 of 4 runs to train\n", "error: ", "nowhere")),
         (("loss.kind=sdt", "--report-only"), ("warning: entries.tet trains the same as sdt",)),
         (("--slurm",), ("there is no Slurm here", "leave out --slurm", "--dry-run")),
-        (("--slurm", "--dry-run"), ("without --gpus-per-node, the plan", "among 8 processes")),
         (("--slurm", "--jobs", "2"), ("write --jobs, a flag of the study, before --slurm",)),
         (("--slurm", "--after", "x"), ("--after applies to single runs",)),
         (("--slurm", "seed=3"), ("write seed=3 before it",)),

@@ -240,12 +240,15 @@ def _looks_ahead(model: SpikingNetwork, x: Tensor, timesteps: int) -> bool | Non
         return None
     longer = max(timesteps, 2)
     try:
-        whole, part = (_marks(model, x, t) for t in (longer, longer - 1))
+        whole = _marks(model, x, longer)
+        # Every T, since a layer may join timesteps in groups.
+        for shorter in range(1, longer):
+            part = _marks(model, x, shorter)
+            for key in whole.keys() & part.keys():
+                if not torch.allclose(whole[key][:shorter], part[key], 1e-9, 1e-9, equal_nan=True):
+                    return True
     except ValueError:  # it runs only one T
         return None
-    for key in whole.keys() & part.keys():
-        if not torch.allclose(whole[key][:-1], part[key], 1e-9, 1e-9, equal_nan=True):
-            return True
     logits = whole[None, 0]
     return None if torch.allclose(logits[1:], logits[:-1], 1e-9, 1e-9, equal_nan=True) else False
 
