@@ -100,7 +100,7 @@ def launchers() -> list[Process]:
     return [*_named_launcher(), *_launching_ancestors()]
 
 
-@functools.cache  # one thread serves the process, whoever asks first
+@functools.cache  # one thread serves the process
 def end_with_launchers() -> None:
     """Start a thread that ends this process when one of its launchers ends; see the module."""
     if started_by := launchers():
