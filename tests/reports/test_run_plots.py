@@ -32,9 +32,8 @@ LAST = 4
 
 
 def watching(config, tracker):
-    run = SimpleNamespace(
-        config=config, last_step=LAST, train=SimpleNamespace(classes=tiny.CLASSES)
-    )
+    train = SimpleNamespace(classes=tiny.CLASSES)
+    run = SimpleNamespace(config=config, last_step=LAST, train=train, model=None)
     return RunPlots(Watched(run, tracker, step=0, finished=False))
 
 
@@ -113,7 +112,7 @@ def test_plots_are_complete_at_the_end(name, main, tiny_config, event_root, tmp_
         "reference": "sew34",
     }
     if events:
-        root = event_root(shape=(timesteps, 2, 16, 16))
+        root = event_root(shape=(timesteps + 1, 2, 16, 16))
         index.index_splits(root, kind="events")
         changes["data"] = {"kind": "events", "root": str(root)}
     else:
@@ -124,5 +123,6 @@ def test_plots_are_complete_at_the_end(name, main, tiny_config, event_root, tmp_
     assert [line["epoch"] for line in tiny.metrics(run, "val")] == [1, 2]
     for plot in ("learning_curves.png", "firing_rates.png"):
         assert "epoch 2, " in (run / "plots" / plot).read_text()
-    assert (run / "plots/inputs.png").exists()
+    title = (run / "plots/inputs.png").read_text()
+    assert title.endswith(f" {timesteps} time bins" if events else " 32x32 pixels")
     assert (run / "profile/table.md").exists() == bool(changes["profile"])

@@ -42,7 +42,7 @@ class RunPlots(Observer):
 
     def __init__(self, watched: Watched) -> None:
         run = watched.run
-        self.config, self.classes = run.config, run.train.classes
+        self.config, self.classes, self.model = run.config, run.train.classes, run.model
         self.last_step, self.tracker = run.last_step, watched.tracker
         self.folder = self.config.run_dir / "plots"
         self._firing, self._metrics = FiringWatch(), curves.Metrics(self.tracker.path)
@@ -60,7 +60,8 @@ class RunPlots(Observer):
             images = mixing.mixed_images(images, mixing.on_device(batch.mix, images.device))
         match self.config.data.input_kind:
             case "events":
-                shown = images[:SHOWN_EVENTS, :SHOWN_TIMESTEPS]
+                images = images[:SHOWN_EVENTS, : self.model.timesteps]
+                shown = images[:, :SHOWN_TIMESTEPS]
                 rgb = np.array([rgb_events(events, self.config.data) for events in shown])
                 unit = f"events (blue: on, orange: off), {images.shape[1]} time bins"
             case "images":
