@@ -1,4 +1,4 @@
-"""The scripts that make the performance page and README's figure."""
+"""The scripts that make the performance page and README's figure, and README's numbers."""
 
 import importlib
 import json
@@ -37,6 +37,21 @@ def test_contestants_and_the_memory_that_the_documentation_promises(precision, m
     # The convolutions' outputs, and spikes in bytes; ReLU keeps its own output as well.
     assert kept["tetdist, none"] < 0.65 * kept["relu"]
     assert kept["tetdist, blocks"] < 0.25 * kept["tetdist, none"]
+
+
+def test_readmes_table_has_the_numbers_of_its_pages():
+    """Top-1 of the seeds after the last epoch, and their minutes of training."""
+    row = r"\[([\d., ]+) %\]\(docs/results/(recipe_\w+)\.md\) \| ([\dto ]+) min"
+    rows = re.findall(row, (tiny.PROJECT / "README.md").read_text())
+    assert len(rows) == 5
+    for top1, name, minutes in rows:
+        runs = json.loads((tiny.PROJECT / f"docs/results/{name}.json").read_text())["runs"]
+        assert [float(value) for value in top1.split(", ")] == [
+            round(run["top1"], 1) for run in runs
+        ]
+        durations = [round(run["seconds"] / 60) for run in runs]
+        ends = sorted({min(durations), max(durations)})
+        assert minutes == " to ".join(map(str, ends)), name
 
 
 def test_readmes_figure_shows_the_numbers_of_the_text_and_of_the_page(made, monkeypatch):
