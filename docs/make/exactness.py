@@ -4,7 +4,7 @@
 
 It trains small networks for some steps several times, in real processes (on the CPU, over gloo),
 stops some of them by real signals, and writes the differences of the results into the tables of
-docs/exactness.md, whose other text is written by hand. There are two parts, each of some ten
+docs/exactness.md, whose other text is written by hand. There are two parts, each of 10 to 25
 minutes on two cores, which `--part` makes alone: a plain SEW-ResNet, and a QKFormer with everything
 that draws random numbers or averages weights. The data must be indexed (tools/images.py index, or
 make quickstart).
@@ -37,8 +37,8 @@ FLOAT64 = ("engine=torch", "precision=fp64")
 CONFIG: dict[str, Any] = {
     "model": {"name": "sew_resnet18", "arguments": {"width": 8}},
     "data": {"image_size": 32, "resize": 32, "threads": 1},
-    # 12 micro-batches a step: 1, 2, 3 and 4 processes can share them.
-    "batch": {"global": 24, "micro": 2, "eval": 50},
+    # 24 micro-batches a step: 1, 2, 3, 4 and 8 processes can share them.
+    "batch": {"global": 48, "micro": 2, "eval": 50},
     "phases": [{"epochs": 1000, "timesteps": 2, "optimizer": {"kind": "sgd", "lr": 0.02}}],
     "precision": "fp32",
     "execution": "reference",
@@ -58,6 +58,7 @@ STOPPED = ("batch.global=8", "data.mixing.off_epoch=1")
 # Of each class; six epochs of two steps.
 TRAIN_IMAGES, VAL_IMAGES, ALL_STEPS = 5, 4, 12
 CONFIG_OF_ALL: dict[str, Any] = CONFIG | {
+    "batch": {"global": 24, "micro": 2, "eval": 50},  # of 50 images to train
     "model": {
         "name": "qkformer_4_384_cifar",
         "arguments": {
@@ -119,7 +120,8 @@ def main(arguments: list[str] | None = None) -> int:
         if options.part != "plain":
             first_images(options.data, folder / "data")
             runs = Runs(folder / "everything", CONFIG_OF_ALL, folder / "data")
-            tables = [world_sizes(runs, options.quick, "moving average")]
+            worlds = (2,) if options.quick else (2, 3, 4)
+            tables = [world_sizes(runs, worlds, "moving average")]
             tables.append(random_stops(runs, options.quick))
             everything = changed(everything, [made(options, "everything"), *tables], options.quick)
     PAGE.write_text(plain + heading + everything)
@@ -157,23 +159,24 @@ def made(options: argparse.Namespace, part: str) -> str:
     )
 
 
-def world_sizes(runs: Runs, quick: bool, *more: str) -> str:
+def world_sizes(runs: Runs, worlds: tuple[int, ...], *more: str) -> str:
     """Return the table of runs on several processes against the run on one process, in float64.
 
     Args:
+        worlds: Numbers of processes.
         more: Columns beside those of every comparison.
     """
     single = runs("float64-1", *FLOAT64)
     rows = [
         [str(world), *compare(runs(f"float64-{world}", *FLOAT64, world=world), single)]
-        for world in ((2,) if quick else (2, 3, 4))
+        for world in worlds
     ]
     return markdown(["processes", *COMPARED, *more], rows)
 
 
 def processes(runs: Runs, quick: bool) -> list[str]:
     """Return the table of any number of processes, and that of runs that changed it."""
-    table, rows = world_sizes(runs, quick), []
+    table, rows = world_sizes(runs, (2,) if quick else (2, 3, 4, 8)), []
     moves = [(1, 3, 7)] if quick else [(1, 3, 7), (4, 2, 12), (3, 4, 21)]
     for before, after, step in moves:
         name = f"moved-{before}-{after}"
