@@ -82,6 +82,16 @@ def test_a_whole_run_with_two_phases(tmp_path, figures):
     assert _phase_borders(train[:90], val) == []
 
 
+def test_a_published_training_beside_it(tmp_path, figures):
+    published = {"reference_top1": 12.6, "reference_train_loss": 5.4, "reference_train_top1": 6.4}
+    draw(tmp_path, [train_line(50), train_line(100), val_line(100, **published)])
+    (panels,) = figures
+    loss, *_ = (line for line in panels["Loss"].lines if line.get_linestyle() == "--")
+    assert loss.get_label() == "published, of the mean output"
+    assert shown(panels["Loss"])[-1] == [(0.5, 5.4)]  # the mean over an epoch is at its middle
+    assert shown(panels["Top-1"])[-2:] == [[(0.5, 6.4)], [(1, 12.6)]]
+
+
 def test_few_and_flawed_lines(tmp_path, figures):
     out = draw(tmp_path, [])
     (tmp_path / "metrics.jsonl").write_text('{"kind": "train", "st')

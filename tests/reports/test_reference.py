@@ -14,9 +14,13 @@ SEW = find_reference("sew34")
 
 def test_every_curve_is_whole():
     for name, curve in references().items():
-        assert min(curve.top1) == 1, name
-        assert len(curve.top1) > 5, name
-        assert all(0 < value < 100 for value in curve.top1.values()), name
+        top1, loss, train = curve.curves.values()
+        assert min(top1) == 1, name
+        assert len(top1) > 5, name
+        assert all(0 < value < 100 for value in [*top1.values(), *train.values()]), name
+        assert [*loss.values()] == sorted(loss.values(), reverse=True), name
+        assert [*train.values()] == sorted(train.values()), name
+        assert loss.keys() == train.keys(), name
 
 
 def test_between_published_epochs():
@@ -26,9 +30,10 @@ def test_between_published_epochs():
     assert SEW.at(400) is None
     # An epoch without its last, incomplete batch.
     assert SEW.at(0.999) == 12.59
-    last = max(SEW.top1)
-    assert SEW.at(1.005 * last) == pytest.approx(SEW.top1[last])
-    assert SEW.beside(4 * IMAGES) == {"reference_top1": 36.33}
+    assert SEW.at(1.005 * 320) == pytest.approx(66.66)
+    training = {"reference_train_loss": 3.36, "reference_train_top1": 30.69}
+    assert SEW.beside(4 * IMAGES) == {"reference_top1": 36.33, **training}
+    assert find_reference("psn_sew34").beside(4 * IMAGES) == {"reference_top1": 55.53}
     assert SEW.beside(IMAGES // 2) == {}
 
 

@@ -60,10 +60,13 @@ def learning_curves(metrics: Metrics, out: Path) -> None:
         style.markers(axes["L"], *style.series(lines, "loss"), colour, label)
         # The space beside the title fits a legend with one long entry.
         _with_best(axes["A"], lines, colour, label, briefly=bool(ema))
-    published = style.series(val, "reference_top1")
-    axes["A"].plot(*published, "--", color=style.PUBLISHED, linewidth=1, label="published")
+    # Most losses are never below the mean output's cross-entropy, which is the published one.
+    _published(axes["L"], val, "train_loss", style.TRAIN, "published, of the mean output")
+    _published(axes["A"], val, "train_top1", style.TRAIN, "_as in the loss")
+    _published(axes["A"], val, "top1", style.PUBLISHED, "published")
     style.finish(axes["L"], "Loss", "loss")
-    style.finish(axes["A"], "Top-1" if ema else "Top-1 accuracy", style.ACCURACY)
+    is_crowded = ema or "reference_top1" in (val or train)[-1]
+    style.finish(axes["A"], "Top-1" if is_crowded else "Top-1 accuracy", style.ACCURACY)
     _timesteps(axes["T"], val)
     _learning_rate(axes["R"], train)
     _throughput(axes["S"], train, room=1.6 if borders else 1.1)
@@ -87,6 +90,13 @@ def learning_curves(metrics: Metrics, out: Path) -> None:
 def _head(figure: Any, metrics: Metrics, text: str) -> None:
     name = metrics.file.absolute().parent.name
     figure.suptitle(f"{name}   \N{EM DASH}   {text}", fontsize=13, fontweight="bold")
+
+
+def _published(axis: Any, val: Lines, measured: str, colour: str, label: str) -> None:
+    epochs, values = style.series(val, f"reference_{measured}")
+    if measured.startswith("train"):  # a mean over the last epoch belongs to its middle
+        epochs = [epoch - 0.5 for epoch in epochs]
+    axis.plot(epochs, values, "--", color=colour, linewidth=1, label=label)
 
 
 def _with_best(axis: Any, evaluations: Lines, colour: str, label: str, *, briefly: bool) -> None:

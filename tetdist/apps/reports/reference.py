@@ -21,21 +21,26 @@ IMAGES, IMAGENET_CLASSES = 1_281_167, 1000
 HELD_OUT = 0.05
 
 
+# Measurements along a training; the training's own are means over the epoch that ends.
+MEASURED = ("top1", "train_loss", "train_top1")
+
+
 @dataclass(frozen=True)
 class Reference:
     """Published training on ImageNet."""
 
     name: str
-    top1: dict[float, float]  # percent, by epoch
+    curves: dict[str, dict[float, float]]  # by measurement, by epoch; accuracies in percent
 
-    def at(self, epochs: float) -> float | None:
-        """Return the top-1 after a number of epochs, interpolated in the logarithm of the epochs;
-        None before the first and after the last published one."""
-        known = sorted(self.top1)
-        if not (1 - HELD_OUT) * known[0] <= epochs <= 1.01 * known[-1]:
+    def at(self, epochs: float, measured: str = "top1") -> float | None:
+        """Return a measurement after a number of epochs, interpolated in the logarithm of the
+        epochs; None before the first and after the last published one, or if none is published."""
+        curve = self.curves[measured]
+        known = sorted(curve)
+        if not known or not (1 - HELD_OUT) * known[0] <= epochs <= 1.01 * known[-1]:
             return None
-        top1 = [self.top1[epoch] for epoch in known]
-        return float(np.interp(math.log(epochs), np.log(known), top1))
+        values = [curve[epoch] for epoch in known]
+        return float(np.interp(math.log(epochs), np.log(known), values))
 
     def obstacle(self, classes: int) -> str | None:
         """Return why a run with these data cannot be compared with it; None if it can."""
@@ -45,15 +50,21 @@ class Reference:
         return f"{published} and these data have {classes:,}"
 
     def beside(self, images: int) -> dict[str, float]:
-        """Return the metrics' entry: the published top-1 after as many images, if known."""
-        top1 = self.at(images / IMAGES)
-        return {} if top1 is None else {"reference_top1": top1}
+        """Return the metrics' entries: the published values after as many images, if known."""
+        values = ((name, self.at(images / IMAGES, name)) for name in MEASURED)
+        return {f"reference_{name}": value for name, value in values if value is not None}
 
 
 def references() -> dict[str, Reference]:
     """Return all published curves, by name."""
     return {
-        name: Reference(name, {float(epoch): top1 for epoch, top1 in about["top1"].items()})
+        name: Reference(
+            name,
+            {
+                measured: {float(epoch): value for epoch, value in about.get(measured, {}).items()}
+                for measured in MEASURED
+            },
+        )
         for name, about in read_yaml(CURVES).items()
     }
 
