@@ -144,6 +144,23 @@ def test_no_bit_depends_on_batch_or_threads():
         assert all(map(torch.equal, result, results[0]))
 
 
+@pytest.mark.parametrize("frozen", ["nothing", "input", "weight", "bias"])
+def test_a_layers_gradients_are_those_of_torch(frozen, calls):
+    torch.manual_seed(0)
+    conv = Conv2d(5, 7, 3, stride=2, padding=1)
+    x = spikes(2, 3, 5, 9, 8, density=0.3)
+    gradients = []
+    for layer, own in ((conv, x.clone()), (copy.deepcopy(conv).double(), x.double())):
+        leaves = {"input": own, "weight": layer.weight, "bias": layer.bias}
+        for name, leaf in leaves.items():
+            leaf.requires_grad_(name != frozen)
+        layer(marked(own))[0].square().sum().backward()  # of one timestep
+        gradients.append({name: leaf.grad for name, leaf in leaves.items() if name != frozen})
+    assert len(calls) == 1
+    single, double = gradients
+    torch.testing.assert_close(single, double, check_dtype=False, rtol=1e-4, atol=1e-4)
+
+
 @functools.cache
 def trained(name):
     """A network whose neurons fire: with the statistics of one batch."""
@@ -298,15 +315,21 @@ def test_streams_lay_out_weights_once(monkeypatch):
     )
     before = run()
     assert len(laid) == 48
-    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0, fused=True)  # keeps versions
     first.grad = torch.ones_like(first)
     optimizer.step()
     after = run()
-    assert len(laid) == 65
+    assert len(laid) == 80
     assert not torch.equal(before, after)
     state = {key: value.clone() for key, value in trained("spiking_resnet18").state_dict().items()}
     model.load_state_dict(state)
     assert torch.equal(run(), before)
+    # A thread without a stream lays out its own, as before.
+    laid.clear()
+    with native_zeros.keeping_weights():
+        (thread := threading.Thread(target=model, args=(x,))).start()
+        thread.join(60)
+    assert len(laid) == 16
     # A stream of its own in each thread, of the same weights.
     results = []
     threads = [threading.Thread(target=lambda: results.append(run())) for _ in range(4)]

@@ -251,6 +251,15 @@ def test_weights_of_a_byte_do_not_saturate_16_bits(tmp_path):
     assert set(most.values()) == {127}
 
 
+def test_sums_beyond_those_of_float32_are_exact():
+    x, weight = torch.full((1, 1023), 255, dtype=torch.uint8), torch.full((1, 1023), 127).char()
+    exact = 255 * 127 * 1023  # odd, and above 2^24
+    assert integer_network._linear({}, {"weight": weight}, x) == exact
+    layer, image = {"stride": 1, "padding": 0}, (1, 1023, 1, 1)
+    values = {"weight": weight.view(image)}
+    assert integer_network._convolution(layer, values, x.view(image)) == exact
+
+
 @pytest.mark.parametrize("reset", ["hard", "soft", "several"])
 def test_no_inputs_exceed_the_proven_range(reset):
     generator = torch.Generator().manual_seed(0)

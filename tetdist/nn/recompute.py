@@ -113,7 +113,7 @@ class Block:
 
     def recomputed(self, x: Tensor) -> Tensor:
         """Run all segments, keeping only the packed input for the backward pass."""
-        y, total = _Recomputed.apply(x, self, is_marked(x), *self.parameters)
+        y, total = _Recomputed.apply(x, self, *self.parameters)
         if total is not None:
             add(total)
         return y
@@ -158,12 +158,10 @@ class _Recomputed(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, block: Block, are_spikes: bool, *_parameters: Tensor
+        ctx: Any, x: Tensor, block: Block, *_parameters: Tensor
     ) -> tuple[Tensor, Tensor | None]:
         # Both passes must take the same kernels.
-        ctx.are_spikes = are_spikes
-        x = marked(x) if are_spikes else x
-        ctx.block, ctx.dtype = block, x.dtype
+        ctx.block, ctx.dtype, ctx.are_spikes = block, x.dtype, is_marked(x)
         ctx.factors = [layer.factors for layer in block.dropping]
         ctx.autocast = _present_autocast(x.device.type)
         kept = block.pack(x)
@@ -201,7 +199,7 @@ class _Recomputed(torch.autograd.Function):
                 pairs = zip(total, gradients.parameters, strict=True)
                 total = [a + b for a, b in pairs] if total else gradients.parameters
                 grad_ends = gradients.membranes
-        return _joined(grads_x[::-1], one_for_all=x.shape[0] == 1), None, None, *total
+        return _joined(grads_x[::-1], one_for_all=x.shape[0] == 1), None, *total
 
 
 Kept = Tensor | Packed | Halved

@@ -306,7 +306,6 @@ def _fire_natively(
 ) -> tuple[Tensor, Tensor]:
     """Compute `_fire` in C++, with channels last."""
     shape = inputs[0].movedim(2, -1).shape[1:]  # (B, ..., C)
-
     currents = [one.int().movedim(2, -1).flatten(1, -2) for one in inputs]
     before = None if membrane is None else membrane.movedim(1, -1).flatten(0, -2).contiguous()
     spikes, after = native_integers.fire(

@@ -15,6 +15,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from tetdist.nn.fast import build
 from tetdist.nn.fast.native_library import at, fields
@@ -187,13 +188,23 @@ _thread = threading.local()
 
 @contextlib.contextmanager
 def keeping_weights() -> Iterator[None]:
-    """Lay out weights once in this thread, and anew when an operation of torch has changed them."""
+    """Lay out weights once in this thread, and anew when an operation of torch has changed them.
+
+    Weights written to through ``.data`` are not seen to change.
+    """
+    _forget_after_optimizers()
     before = getattr(_thread, "keeps", False)
     _thread.keeps = True
     try:
         yield
     finally:
         _thread.keeps = before
+
+
+@functools.cache
+def _forget_after_optimizers() -> None:
+    # Fused optimisers leave the version of what they change.
+    register_optimizer_step_post_hook(lambda *_: _kept.clear())
 
 
 def _laid_out(layer: Layer, dtype: torch.dtype) -> Tensor:
