@@ -198,6 +198,10 @@ CONTRADICTIONS = (
         "loss.distillation.self_target: correct_mean needs samples of one class",
         *("loss.distillation={self_weight: 1.0, self_target: correct_mean}", "data.mixup=0.2"),
     ),
+    (
+        "phases.0.loss.operations=0.1: needs spikes, and",
+        *("phases.0.loss.operations=0.1", "model.neuron.kind=relu"),
+    ),
     ("loss.arguments.power=2: loss.kind=tet has no such argument", "loss.arguments.power=2"),
     ("there is no loss 'ce'; there are sdt, tet, tet_of_means; sdt is the", "loss.kind=ce"),
     (

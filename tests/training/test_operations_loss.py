@@ -1,5 +1,7 @@
 """The synaptic operations in the loss, against convolutions of ones and plain autograd."""
 
+import copy
+
 import pytest
 import timm
 import torch
@@ -7,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from tetdist.apps.benchmarks import made_up
+from tetdist.evaluation.operations import OperationCounts
 from tetdist.nn.neurons import LIF
 from tetdist.nn.norm_neuron import Neuron
 from tetdist.nn.packed import AvgPool, Conv2d
@@ -88,6 +91,23 @@ def test_value_and_gradient_are_those_of_the_definition(case, segment):
     assert_same(result, by_definition(model, x, spikes_of_one))
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_the_share_is_that_of_evaluations_counts(case, alone):
+    """Of the accumulates of all layers but the first, in the pass that both see."""
+    name, arguments, size, _ = CASES[case]
+    torch.manual_seed(0)
+    model, x = timm.create_model(name, timesteps=2, **arguments), torch.randn(3, 3, size, size)
+    operations = SynapticOperations(model)
+    with operations.counted(), OperationCounts(model) as counts:
+        model(x)
+        share = operations.share().item()
+    _, *layers = counts.total(alone, len(x)).layers.values()
+    layers = [layer for layer in layers if not layer.multiply_accumulates]
+    assert len(layers) > 1
+    dense = model.timesteps * sum(layer.synapses for layer in layers)
+    assert share == pytest.approx(sum(layer.accumulates for layer in layers) / dense, rel=1e-6)
+
+
 def test_a_mean_of_four_counts_its_spikes():
     """One spike of four in each mean reaches up to 9 places of each of 2 channels."""
     layers = nn.Sequential(Conv2d(1, 1, 1), Neuron(LIF()), AvgPool(), Conv2d(1, 2, 3, padding=1))
@@ -102,13 +122,20 @@ def test_a_mean_of_four_counts_its_spikes():
     assert not any(module._forward_hooks for module in layers.modules())
 
 
-def test_a_step_adds_the_share_to_its_loss(alone):
-    case = {"size": 28, "batch": 2, "accumulation": 1, "timesteps": 2}
+@pytest.mark.parametrize("recompute", ["none", "blocks"])
+def test_a_step_adds_the_share_of_each_micro_batch_to_its_loss(recompute, alone):
+    case = {"size": 28, "batch": 2, "accumulation": 2, "timesteps": 2, "recompute": recompute}
     case |= {"engine": "torch", "precision": "fp64"}
     steps = [
-        made_up.training_step(alone, "spiking_convnet", loss={"operations": weight}, **case)
-        for weight in (0.0, 0.5)
+        made_up.training_step(alone, "spiking_convnet", loss=loss, **case)
+        for loss in ({}, {"operations": 0.0}, {"operations": 0.5})
     ]
-    share, _ = share_and_gradients(steps[0].step.model, steps[0].batch_of(0, 0)[0])
-    without, added = (step.take()[0].item() / 2 for step in steps)
-    assert added - without == pytest.approx(0.5 * share.item(), rel=1e-9)
+    images = [steps[0].batch_of(0, number)[0] for number in range(2)]
+    model = copy.deepcopy(steps[0].step.model)
+    shares = [share_and_gradients(model, x)[0].item() for x in images]
+    without, zero, added = (step.take()[0].item() / 2 for step in steps)
+    assert added - without == pytest.approx(0.5 * sum(shares), rel=1e-9)
+    weights = [step.step.model.state_dict().values() for step in steps]
+    assert without == zero
+    assert all(map(torch.equal, *weights[:2]))
+    assert not all(map(torch.equal, *weights[1:]))

@@ -43,7 +43,7 @@ class SynapticOperations:
     def share(self) -> Tensor:
         """Return the share of the pass, (), float64: up to the most spikes of a layer's input."""
         spikes, dense = torch.stack(self._sums).sum(0)
-        self._sums.clear()
+        self._sums.clear()  # the graph should not outlive its backward pass
         return spikes / dense.clamp(min=1)
 
     def _count(self, layer: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
