@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from tetdist.evaluation.operations import FanOuts, over_positions
 from tetdist.nn.norm_neuron import LatestLevels
+from tetdist.nn.packed import is_marked, packed_of
 from tetdist.nn.recompute import add, gathering
 
 
@@ -55,13 +56,17 @@ class SynapticOperations:
             carried = x.sum(dtype=torch.promote_types(x.dtype, torch.float32)).double()
         # In a recomputation, the neuron that ran last is another.
         levels = self._levels.setdefault(layer, self._latest.levels or 1)
-        per_spike = _spikes_of_one(x.detach(), levels)
+        per_spike = _spikes_of_one(x, levels)
         dense = x.numel() / fan_out.numel() * fan_out.sum()
         add(torch.stack([per_spike * (carried * fan_out).sum(), (per_spike > 0) * dense]))
 
 
-def _spikes_of_one(x: Tensor, levels: int) -> Tensor:
+def _spikes_of_one(x: Tensor, levels: int) -> Tensor | int:
     """Return the number of spikes that a value of 1 is, (); 0 if some value is a real number."""
+    packed = packed_of(x)
+    if is_marked(x) or (packed is not None and packed.levels == levels):
+        return levels
+    x = x.detach()
     fours = (4 * levels) * x
     is_count = (fours == fours.round().abs()).all()
     is_whole = (levels * x == (levels * x).round()).all()
