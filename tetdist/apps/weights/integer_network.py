@@ -277,9 +277,16 @@ def _fire(
         inputs: Currents, (T or 1, B, C, ...).
     """
     if inputs[0].device.type == "cpu" and len(inputs) <= 2 and native_integers.library():
-        return _fire_natively(layer, values, inputs, membrane, timesteps)
+        # In C++, with channels last.
+        shape = inputs[0].movedim(2, -1).shape[1:]  # (B, ..., C)
+        currents = [one.int().movedim(2, -1).flatten(1, -2) for one in inputs]
+        before = None if membrane is None else membrane.movedim(1, -1).flatten(0, -2).contiguous()
+        spikes, after = native_integers.fire(
+            currents, layer["shifts"], values, layer["decay"], before, timesteps
+        )
+        return spikes.view(timesteps, *shape).movedim(-1, 2), after.view(shape).movedim(-1, 1)
     factor, bits = layer["decay"]
-    spikes: list[Tensor] = []
+    counts: list[Tensor] = []
     for t in range(timesteps):
         v = _over(values["bias"], inputs[0][0])
         if membrane is not None:
@@ -292,23 +299,6 @@ def _fire(
         reset = torch.where(count > 0, 0, v)
         if "step" in values:
             reset = v - count * _over(values["step"], v)
-        spikes, membrane = [*spikes, count.to(torch.uint8)], reset
+        counts, membrane = [*counts, count.to(torch.uint8)], reset
     assert membrane is not None
-    return torch.stack(spikes), membrane
-
-
-def _fire_natively(
-    layer: _Layer,
-    values: _Values,
-    inputs: list[Tensor],
-    membrane: Tensor | None,
-    timesteps: int,
-) -> tuple[Tensor, Tensor]:
-    """Compute `_fire` in C++, with channels last."""
-    shape = inputs[0].movedim(2, -1).shape[1:]  # (B, ..., C)
-    currents = [one.int().movedim(2, -1).flatten(1, -2) for one in inputs]
-    before = None if membrane is None else membrane.movedim(1, -1).flatten(0, -2).contiguous()
-    spikes, after = native_integers.fire(
-        currents, layer["shifts"], values, layer["decay"], before, timesteps
-    )
-    return spikes.view(timesteps, *shape).movedim(-1, 2), after.view(shape).movedim(-1, 1)
+    return torch.stack(counts), membrane
