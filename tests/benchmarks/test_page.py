@@ -54,6 +54,25 @@ def test_readmes_table_has_the_numbers_of_its_pages():
         assert minutes == " to ".join(map(str, ends)), name
 
 
+def test_readme_says_the_ranges_of_the_performance_page(made):
+    def ends(values, digits=2):
+        return f"{min(values):.{digits}f} to {max(values):.{digits}f}"
+
+    readme = " ".join((tiny.PROJECT / "README.md").read_text().split())
+    page = made("performance").PAGE
+    timed = r" \| [\d.]+ \| [\d.]+ \| ([\d.]+)"  # ReLU's seconds, tetdist's, their ratio
+    networks = re.findall(rf"\n\| \w+ \| \d+ \| \d+{timed}{timed} \|(?=\n)", page.read_text())
+    ratios = [float(ratio) for pair in networks for ratio in pair]
+    assert f"ResNets on CPUs takes {ends(ratios)} times as long" in readme
+    rows = json.loads((page.parent / "performance/zeros.json").read_text())["rows"]
+    sparse = [row for row in rows if row["network"] == "spiking_resnet34" and row["density"] < 0.25]
+    spikes = ends([100 * row["density"] for row in sparse], 0)
+    steps = ends([row["step"] / row["step relu"] for row in sparse])
+    evaluations = ends([row["eval"] / row["eval dense"] for row in sparse])
+    said = f"a step of Spiking-ResNet34 takes {steps} of that time, and evaluation {evaluations} of"
+    assert f"at {spikes} % spikes {said}" in readme
+
+
 def test_readmes_figure_shows_the_numbers_of_the_text_and_of_the_page(made, monkeypatch):
     drawn = []
     monkeypatch.setattr("sys.argv", ["readme_figure.py"])
