@@ -147,8 +147,8 @@ def test_no_bit_depends_on_batch_or_threads():
 @pytest.mark.parametrize("frozen", ["nothing", "input", "weight", "bias"])
 def test_a_layers_gradients_are_those_of_torch(frozen, calls):
     torch.manual_seed(0)
-    conv = Conv2d(5, 7, 3, stride=2, padding=1)
-    x = spikes(2, 3, 5, 9, 8, density=0.3)
+    conv = Conv2d(33, 67, 3, stride=2, padding=1)
+    x = spikes(2, 3, 33, 9, 8, density=0.3)
     gradients = []
     for layer, own in ((conv, x.clone()), (copy.deepcopy(conv).double(), x.double())):
         leaves = {"input": own, "weight": layer.weight, "bias": layer.bias}
@@ -227,21 +227,22 @@ def test_bfloat16_skips_in_evaluation_alone(calls):
 
 
 def test_other_inputs_and_layers_are_dense(calls, monkeypatch):
-    x = marked(spikes(2, 3, 8, 8, 8, density=0.5))
+    x = marked(spikes(2, 3, 32, 8, 8, density=0.5))
     layers = {
-        "grouped": Conv2d(8, 8, 3, padding=1, groups=2),
-        "dilated": Conv2d(8, 8, 3, padding=2, dilation=2),
-        "unpadded": Conv2d(8, 8, 3),
-        "reflecting": Conv2d(8, 8, 3, padding=1, padding_mode="reflect"),
-        "5x5": Conv2d(8, 8, 5, padding=2),
-        "1x1": Conv2d(8, 8, 1),
+        "grouped": Conv2d(32, 64, 3, padding=1, groups=2),
+        "dilated": Conv2d(32, 64, 3, padding=2, dilation=2),
+        "unpadded": Conv2d(32, 64, 3),
+        "reflecting": Conv2d(32, 64, 3, padding=1, padding_mode="reflect"),
+        "5x5": Conv2d(32, 64, 5, padding=2),
+        "1x1": Conv2d(32, 64, 1),
+        "narrow": Conv2d(32, 63, 3, padding=1),
     }
     for layer in layers.values():
         layer(x)
-    conv = Conv2d(8, 8, 3, padding=1)
+    conv = Conv2d(32, 64, 3, padding=1)
     conv(AvgPool(2)(x))
     conv(x * 1)
-    neuron = NormNeuron(8, neurons.LIF())
+    neuron = NormNeuron(32, neurons.LIF())
     conv(neuron(x, 2, identity=x))
     monkeypatch.setattr(native_zeros, "_agreed", None)
     with monkeypatch.context() as patch:  # a processor without the extension
@@ -260,9 +261,9 @@ def test_other_inputs_and_layers_are_dense(calls, monkeypatch):
     conv(neuron(x, 2))
     assert len(calls) == 3
     # A row's positions must fit 16 bits.
-    for width, skips in ((2**13 - 1, 1), (2**13, 0)):
+    for width, skips in ((2**11 - 1, 1), (2**11, 0)):
         calls.clear()
-        conv(marked(spikes(1, 1, 8, 1, width, density=0.1)))
+        conv(marked(spikes(1, 1, 32, 1, width, density=0.1)))
         assert len(calls) == skips
 
 
@@ -278,10 +279,10 @@ def test_bfloat16_is_dense_where_the_processor_multiplies_it_fast(monkeypatch):
 
 @pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad, torch.enable_grad])
 def test_a_tensor_that_was_written_to_is_read_anew(mode):
-    conv = Conv2d(8, 8, 3, padding=1)
+    conv = Conv2d(32, 64, 3, padding=1)
     with mode():
         for value in (0.5, 0):
-            x = marked(spikes(1, 2, 8, 8, 8, density=0.3))
+            x = marked(spikes(1, 2, 32, 8, 8, density=0.3))
             x[0, 0, :, 3] = value
             y = nn.Conv2d.forward(conv, x[0])
             torch.testing.assert_close(conv(x)[0], y, rtol=1e-5, atol=1e-6)

@@ -155,7 +155,7 @@ class IntegerNetwork(nn.Module):
         is_known = (
             weight.shape[2:] == (3, 3) and layer["padding"] == 1 and layer["stride"] in (1, 2)
         )
-        if not (is_known and native_zeros.serves(x, torch.int8)):
+        if not (is_known and native_zeros.serves(x, weight, torch.int8)):
             return None
         owner = self.values[layer["name"]]
         of = native_zeros.Layer(owner, weight, None, layer["stride"])

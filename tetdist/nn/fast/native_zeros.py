@@ -22,7 +22,8 @@ from tetdist.nn.fast.native_library import at, fields
 
 # Positions listed at a time: 32 MB.
 POSITIONS = 2**24
-BLOCK = 64  # output channels that the kernel adds up together
+BLOCK = 64  # output channels that the kernel adds up together; with fewer it breaks even at 17 %
+NARROWEST = 32  # input channels; with half of them it never breaks even
 _TYPES = {
     torch.uint8: "uint8",
     torch.float32: "float32",
@@ -102,15 +103,18 @@ def layer_for(conv: nn.Conv2d, x: Tensor, dtype: torch.dtype) -> Layer | None:
         and conv.groups == 1
         and conv.padding_mode == "zeros"
     )
-    if not (is_known and serves(x, dtype)) or (dtype != torch.float32 and conv.training):
+    trains_dense = conv.training and dtype != torch.float32
+    if trains_dense or not (is_known and serves(x, conv.weight, dtype)):
         return None
     return Layer(conv, conv.weight, conv.bias, int(conv.stride[0]))
 
 
-def serves(x: Tensor, dtype: torch.dtype) -> bool:
-    """Return whether the kernels convolve spikes (N, C, H, W) with weights of a type here."""
-    is_narrow = x.shape[1] * x.shape[3] < 2**16  # positions in a row are of 16 bits
-    return x.device.type == "cpu" and is_narrow and dtype in types()
+def serves(x: Tensor, weight: Tensor, dtype: torch.dtype) -> bool:
+    """Return whether the kernels convolve spikes (N, C, H, W), and gain by it, in a type here."""
+    out_channels, channels, *_ = weight.shape
+    is_wide = channels >= NARROWEST and out_channels >= BLOCK
+    fits = channels * x.shape[3] < 2**16  # positions in a row are of 16 bits
+    return x.device.type == "cpu" and is_wide and fits and dtype in types()
 
 
 # --- the kernels --------------------------------------------------------------------------------
