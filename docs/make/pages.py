@@ -58,11 +58,16 @@ def numbers_from(values: dict[str, Any], name: str) -> Numbers:
 
 
 def write(
-    page: Path, answer: str, n: int | str, values: dict[str, Any], tables: list[str], figure: Any
+    page: Path,
+    answer: str,
+    n: int | str,
+    values: dict[str, Any],
+    tables: list[str],
+    figure: Any = None,
 ) -> None:
     """Write an answer and tables into a page, whose other text is written by hand.
 
-    Beside it, write the figure, and the numbers with what the summary of all pages names.
+    Beside it, write the figure, if any, and the numbers with what the summary of all pages names.
 
     Args:
         n: Number of seeds.
@@ -72,7 +77,8 @@ def write(
     assert about is not None
     known = {"study": about.groupdict(), "answer": answer, "n": n}
     write_json(page.with_suffix(".json"), known | values)
-    style.save(figure, page.with_suffix(".png"))
+    if figure is not None:
+        style.save(figure, page.with_suffix(".png"))
     page.write_text(text)
     print(text)
 
