@@ -77,14 +77,24 @@ class Loop:
 WIDTHS = {"width": 8, "stem_width": 4, "hidden_features": 16}
 LOOPS = {
     "tet": Loop(
-        *("tet", "8217492", 16, {"name": "spiking_resnet19", "arguments": WIDTHS}, 2, 4),
-        {"kind": "adam", "lr": 0.001, "weight_decay": 5e-4},
-        {"kind": "tet", "lambda": 1e-3, "phi": 1.0},
+        source="tet",
+        commit="8217492",
+        narrower=16,
+        model={"name": "spiking_resnet19", "arguments": WIDTHS},
+        timesteps=2,
+        epochs=4,
+        optimizer={"kind": "adam", "lr": 0.001, "weight_decay": 5e-4},
+        loss={"kind": "tet", "lambda": 1e-3, "phi": 1.0},
     ),
     "sew": Loop(
-        *("sew", "cfc547c", 8, {"name": "sew_resnet18", "arguments": {"width": 8}}, 4, 3),
-        {"kind": "sgd", "lr": 0.0025, "weight_decay": 1e-3},
-        {"kind": "sdt"},
+        source="sew",
+        commit="cfc547c",
+        narrower=8,
+        model={"name": "sew_resnet18", "arguments": {"width": 8}},
+        timesteps=4,
+        epochs=3,
+        optimizer={"kind": "sgd", "lr": 0.0025, "weight_decay": 1e-3},
+        loss={"kind": "sdt"},
     ),
 }
 
@@ -126,18 +136,16 @@ def digest(state: dict[str, Tensor]) -> dict[str, float]:
 # --- tetdist's trainer ----------------------------------------------------------------------------
 
 
-def main_in_silence(*arguments: str) -> None:
+def command(file: str, *overrides: str) -> None:
+    """Run the training command without what it prints."""
     with contextlib.redirect_stdout(io.StringIO()):
-        assert train.main([*arguments]) == 0
+        assert train.main(["--config", file, *overrides]) == 0
 
 
 def ours(
-    loop: Loop,
-    folder: Path,
-    *overrides: str,
-    run: Callable[..., object] | None = None,
+    loop: Loop, folder: Path, *overrides: str, run: Callable[..., object] = command
 ) -> Numbers:
-    """Train with tetdist's command: ``run(file, *overrides)``."""
+    """Return tetdist's numbers; ``run(file, *overrides)`` trains."""
     phase = {"epochs": loop.epochs, "timesteps": loop.timesteps, "lr_changes": "epochs"}
     model = loop.model | {"neuron": loop.neuron}
     values: dict[str, Any] = {
@@ -163,7 +171,6 @@ def ours(
     )
     checkpoint.write_model_file(folder / "weights.safetensors", weights(loop), described)
     (folder / "loop.yaml").write_text(yaml.safe_dump(values))
-    run = run or partial(main_in_silence, "--config")
     run(str(folder / "loop.yaml"), *overrides)
     lines = [json.loads(line) for line in (folder / "run/metrics.jsonl").read_text().splitlines()]
     train_lines, val_lines = ([x for x in lines if x["kind"] == kind] for kind in SAMPLES)
@@ -287,7 +294,7 @@ def run_tet(repo: Repository) -> None:
         return value
 
     class Adam(torch.optim.Adam):
-        def step(self, *arguments: Any) -> None:  # type: ignore[override]
+        def step(self, *arguments: Any) -> None:  # type: ignore[override]  # theirs gives none
             repo.numbers["rates"].append(self.param_groups[0]["lr"])
             super().step(*arguments)
 
@@ -318,7 +325,7 @@ def run_sew(repo: Repository) -> None:
     network = repo.module("sew_resnet", "imagenet/sew_resnet.py")
     script, built = repo.module("train", "imagenet/train.py"), network.sew_resnet18
 
-    class Logger(utils.MetricLogger):  # type: ignore[name-defined]
+    class Logger(utils.MetricLogger):  # type: ignore[name-defined]  # a module made here
         def update(self, **values: float) -> None:
             if "lr" in values:
                 repo.numbers["losses"].append(values["loss"])

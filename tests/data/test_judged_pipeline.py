@@ -59,6 +59,7 @@ def test_wrong_pipelines_are_seen(made, tmp_path):
     assert every["tetdist, 224"].beside(every["torchvision, 224"])["mean"] < 0.01
     *others, by_name = list(rows)[made.RIGHT :]
     assert min(far[name] for name in ("tetdist, 224", *others)) > 0.1
+    assert every[by_name].labels.tolist() == ["abcdef".index(name) for name in "fdbeca"]
     assert (rows[by_name]["changed"], far[by_name]) == (6, far["tetdist, 227"])
 
 

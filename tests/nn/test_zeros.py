@@ -239,6 +239,7 @@ def test_other_inputs_and_layers_are_dense(calls, monkeypatch):
     }
     for layer in layers.values():
         layer(x)
+    Conv2d(31, 64, 3, padding=1)(marked(spikes(2, 3, 31, 8, 8, density=0.5)))
     conv = Conv2d(32, 64, 3, padding=1)
     conv(AvgPool(2)(x))
     conv(x * 1)
