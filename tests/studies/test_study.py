@@ -301,15 +301,15 @@ import os, signal, subprocess, sys, threading, types
 from tetdist.apps.studies import local
 # As a command does: in the background of a script it is ignored.
 signal.signal(signal.SIGINT, signal.default_int_handler)
-run = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(); time.sleep(300)"
+run = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN)"
+run += "; print(flush=True); time.sleep(300)"
 options = dict(start_new_session=True, stdout=subprocess.PIPE)
 process = subprocess.Popen([{sys.executable!r}, "-c", run], **options)
 process.stdout.readline()
 child = types.SimpleNamespace(process=process)
 with local.StopRequest(local.ALONE) as stop, local.ended_at_exit({{"run": child}}, stop):
-    # Not from a thread: between leaving Python and waiting in the kernel, two would count as one.
-    signal.raise_signal(signal.SIGINT)
-    threading.Timer(1, os.kill, (os.getpid(), signal.SIGINT)).start()
+    for seconds in (0, 1):
+        threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGINT)).start()
 """
     ((status, text),) = farm.side_by_side(1, tiny.python("-c", code), tmp_path)
     assert (status, text) == (130, "interrupted; earlier checkpoints are kept\n")
