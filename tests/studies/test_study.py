@@ -299,8 +299,6 @@ def test_a_second_interrupt_ends_the_study_and_its_runs_at_once(farm, tmp_path, 
     code = f"""
 import os, signal, subprocess, sys, threading, types
 from tetdist.apps.studies import local
-# As a command does: in the background of a script it is ignored.
-signal.signal(signal.SIGINT, signal.default_int_handler)
 run = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN)"
 run += "; print(flush=True); time.sleep(300)"
 options = dict(start_new_session=True, stdout=subprocess.PIPE)
