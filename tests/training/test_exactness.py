@@ -29,6 +29,8 @@ SEW = {
     "log_every": 4,  # runs are stopped in the middle of a line of metrics
     "imports": [str(tiny.RECORD)],
 }
+# Wide enough that float32 skips the zeros of spikes, on a processor on which that pays.
+SKIPPING = {"execution": "fused", "model.arguments.channels": [32, 64]}
 FLOAT64 = {"engine": "torch", "precision": "fp64"}
 
 
@@ -83,13 +85,15 @@ def test_continued_on_another_number_of_processes(one_process, farm, tiny_config
 
 
 def test_stopped_stage_continues_bitwise(farm, tiny_config, tmp_path):
-    changes = {"zero_stage": 1, "save.every_steps": 2, "ema.decay": 0.8}
+    changes = SKIPPING | {"zero_stage": 1, "save.every_steps": 2, "ema.decay": 0.8}
+    changes |= {"recompute": "blocks"}
     first = {"epochs": 1, "timesteps": [1, 2], "optimizer": {"kind": "sgd", "lr": 0.01}}
     second = {"epochs": 1, "timesteps": 2, "optimizer": "continue"}
     changes |= {"phases": [first, second]}
     expect(farm(tiny_config(changes | {"name": "straight"}), world=2))
     file = tiny_config(changes | {"name": "run"})
-    expect(farm(file, world=2, stop=("step", 7, TERM), rank=1), status=128 + TERM)
+    statuses, text = farm.each(file, world=2, stop=("step", 7, KILL), rank=1)
+    assert statuses[1] == -KILL, text
     expect(farm(file, world=2))
     tiny.assert_same_run(tmp_path / "runs/run", tmp_path / "runs/straight")
 
@@ -99,7 +103,7 @@ def test_stages_agree_and_continue_each_others_checkpoints(farm, tiny_config, tm
 
     The optimiser's state comes along: without it the next step differs.
     """
-    changes = {
+    changes = SKIPPING | {
         "phases.0.optimizer": {"kind": "adam", "lr": 0.002, "weight_decay": 0.01},
         "gradient_clipping": 0.5,
         "imports": [str(tiny.RECORD)],
