@@ -26,7 +26,7 @@ from unittest import mock
 
 import pages
 import zeros
-from relu_networks import relu_network
+from other_networks import relu_network
 from torch import Tensor, nn
 
 from tetdist.apps.benchmarks import bench

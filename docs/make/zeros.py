@@ -20,7 +20,7 @@ from unittest import mock
 import timm
 import torch
 import torch.nn.functional as F
-from relu_networks import relu_network
+from other_networks import relu_network
 from torch import Tensor, nn
 
 from tetdist.apps.benchmarks import bench
