@@ -88,7 +88,9 @@ def test_a_published_training_beside_it(tmp_path, figures):
     (panels,) = figures
     loss, *_ = (line for line in panels["Loss"].lines if line.get_linestyle() == "--")
     assert loss.get_label() == "published, of the mean output"
+    assert loss.get_marker() == "o"  # the first value has no line
     assert shown(panels["Loss"])[-1] == [(0.5, 5.4)]  # the mean over an epoch is at its middle
+    assert panels["Top-1"].get_ylabel() == "top-1 (%); dashed: published"
     assert shown(panels["Top-1"])[-2:] == [[(0.5, 6.4)], [(1, 12.6)]]
 
 

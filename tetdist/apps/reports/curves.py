@@ -60,13 +60,14 @@ def learning_curves(metrics: Metrics, out: Path) -> None:
         style.markers(axes["L"], *style.series(lines, "loss"), colour, label)
         # The space beside the title fits a legend with one long entry.
         _with_best(axes["A"], lines, colour, label, briefly=bool(ema))
-    # Most losses are never below the mean output's cross-entropy, which is the published one.
+    # TET averages cross-entropies of each timestep, which are never below that of the mean output.
     _published(axes["L"], val, "train_loss", style.TRAIN, "published, of the mean output")
-    _published(axes["A"], val, "train_top1", style.TRAIN, "_as in the loss")
+    _published(axes["A"], val, "train_top1", style.TRAIN, "_training, dashed")
     _published(axes["A"], val, "top1", style.PUBLISHED, "published")
     style.finish(axes["L"], "Loss", "loss")
-    is_crowded = ema or "reference_top1" in (val or train)[-1]
-    style.finish(axes["A"], "Top-1" if is_crowded else "Top-1 accuracy", style.ACCURACY)
+    has_published = "reference_top1" in (val or train)[-1]
+    title = "Top-1" if ema or has_published else "Top-1 accuracy"
+    style.finish(axes["A"], title, style.ACCURACY + "; dashed: published" * has_published)
     _timesteps(axes["T"], val)
     _learning_rate(axes["R"], train)
     _throughput(axes["S"], train, room=1.6 if borders else 1.1)
@@ -96,7 +97,8 @@ def _published(axis: Any, val: Lines, measured: str, colour: str, label: str) ->
     epochs, values = style.series(val, f"reference_{measured}")
     if measured.startswith("train"):  # a mean over the last epoch belongs to its middle
         epochs = [epoch - 0.5 for epoch in epochs]
-    axis.plot(epochs, values, "--", color=colour, linewidth=1, label=label)
+    line = "o--" if len(values) <= 30 else "--"  # one value alone has no line
+    axis.plot(epochs, values, line, color=colour, linewidth=1, markersize=3, label=label)
 
 
 def _with_best(axis: Any, evaluations: Lines, colour: str, label: str, *, briefly: bool) -> None:
