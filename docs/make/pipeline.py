@@ -246,7 +246,10 @@ def page_of(record: dict[str, Any]) -> tuple[str, list[str]]:
     formats = {"top1": "d", "top5": "d", "changed": "d"}
     formats |= {"margin": ".3f", "largest": ".3f", "mean": ".4f"}
     cells = [[n, *(f"{row[k]:{spec}}" for k, spec in formats.items())] for n, row in rows.items()]
-    images = [[name, f"{count:,} of {1_000 if name == 'tar' else 2_000:,}"] for name, count in record["layouts"].items()]
+    images = [
+        [name, f"{count:,} of {1_000 if name == 'tar' else 2_000:,}"]
+        for name, count in record["layouts"].items()
+    ]
     head = ["pipeline, pixels", "top-1", "top-5", "changed decisions", "their margin"]
     head += ["largest difference of outputs", "mean"]
     tables = [
