@@ -1,4 +1,8 @@
-"""ReLU networks with the convolutions of the spiking ones that performance.py measures."""
+"""Networks beside those that performance.py and zeros.py measure: of ReLU, and spikingjelly's."""
+
+import itertools
+from collections.abc import Callable
+from typing import Any
 
 import timm
 from timm.models.resnet import BasicBlock, ResNet
@@ -11,21 +15,65 @@ def relu_network(name: str) -> nn.Module | None:
     """Make the ReLU network with the convolutions of a spiking one; None if there is none."""
     stem = nn.Conv2d(3, 64, 7, 2, 3, bias=name == "preact_resnet34"), nn.BatchNorm2d(64)
     match name:
-        case "psn_sew_resnet34":
-            baseline: nn.Module = timm.create_model("resnet34")
+        case "ms_resnet18":
+            return nn.Sequential(*stem, *_blocks((2, 2, 2, 2), first_stride=2, bias=False))
+        case "psn_sew_resnet18" | "psn_sew_resnet34":
+            baseline: nn.Module = timm.create_model(name.removeprefix("psn_sew_"))
             baseline.maxpool = nn.AvgPool2d(3, 2, 1)
             return baseline
         case "preact_resnet34":
-            return nn.Sequential(
-                *stem, nn.MaxPool2d(3, 2, 1), *_resnet34(first_stride=1, bias=True)
-            )
+            return nn.Sequential(*stem, nn.MaxPool2d(3, 2, 1), *_blocks(first_stride=1, bias=True))
         case "ms_resnet34":
-            return nn.Sequential(*stem, *_resnet34(first_stride=2, bias=False))
+            return nn.Sequential(*stem, *_blocks(first_stride=2, bias=False))
         case "spiking_resnet19":
             return _resnet19()
         case "vggsnn":
             return _vgg()
     return bench.relu_baseline(name)
+
+
+def spikingjelly_network(name: str) -> nn.Module | None:
+    """Make spikingjelly's SEW-, spiking or MS-ResNet with the neuron of our SEW-ResNets."""
+    from spikingjelly.activation_based.model import ms_resnet, sew_resnet, spiking_resnet
+
+    match name.partition("_")[0]:
+        case "sew":
+            model = getattr(sew_resnet, name)(spiking_neuron=_lif, cnf="ADD")
+        case "spiking":
+            model = getattr(spiking_resnet, name)(spiking_neuron=_lif)
+        case "ms" if name == "ms_resnet18":
+            model = ms_resnet.MSResNet(T=4, spiking_neuron=_lif)
+        case _:
+            return None
+    return _resetting(model)
+
+
+def spikingjelly_convnet(channels: tuple[int, ...], in_chans: int, side: int) -> nn.Module:
+    """Make spikingjelly's layers of a spiking_convnet; arguments as of `convnet`."""
+    from spikingjelly.activation_based import layer
+
+    return _resetting(convnet(channels, in_chans, side, _lif, layer))
+
+
+def _resetting(model: nn.Module) -> nn.Module:
+    """Return it as a network of all timesteps, which resets its neurons before each pass."""
+    from spikingjelly.activation_based import functional
+
+    functional.set_step_mode(model, "m")
+    model.register_forward_pre_hook(lambda *_: functional.reset_net(model))
+    return model
+
+
+def _lif(**_: Any) -> nn.Module:
+    from spikingjelly.activation_based import neuron, surrogate
+
+    made: nn.Module = neuron.LIFNode(
+        tau=2.0,
+        decay_input=False,
+        surrogate_function=surrogate.PiecewiseQuadratic(alpha=1.0),
+        detach_reset=False,
+    )
+    return made
 
 
 def _resnet19() -> nn.Module:
@@ -60,17 +108,36 @@ class _Block(nn.Module):
         return y.add_(self.shortcut(x))
 
 
-def _resnet34(*, first_stride: int, bias: bool) -> list[nn.Module]:
-    """Make the blocks and classifier of a ResNet-34, which follow its stem."""
+def _blocks(
+    counts: tuple[int, ...] = (3, 4, 6, 3), *, first_stride: int, bias: bool
+) -> list[nn.Module]:
+    """Make the blocks and classifier of a ResNet, by default of 34 layers, after its stem."""
     layers: list[nn.Module] = []
     channels = 64
-    for stage, count in enumerate((3, 4, 6, 3)):
+    for stage, count in enumerate(counts):
         for i in range(count):
             stride = 1 if i else 2 if stage else first_stride
             layers.append(_Block(channels, 64 << stage, stride, bias))
             channels = 64 << stage
     last = [] if bias else [nn.ReLU(inplace=True)]
     return [*layers, *last, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, 1000)]
+
+
+def convnet(
+    channels: tuple[int, ...],
+    in_chans: int,
+    side: int,
+    activation: Callable[[], nn.Module] = nn.ReLU,
+    library: Any = nn,
+) -> nn.Module:
+    """Make the layers of a spiking_convnet, of torch's or of spikingjelly's."""
+    layers: list[nn.Module] = []
+    for i, (inputs, width) in enumerate(itertools.pairwise((in_chans, *channels))):
+        stride = 2 if i else 1
+        layers.append(library.Conv2d(inputs, width, 3, stride, 1, bias=False))
+        layers += [library.BatchNorm2d(width), activation()]
+        side = -(-side // stride)
+    return nn.Sequential(*layers, library.Flatten(), library.Linear(width * side**2, 10))
 
 
 def _vgg() -> nn.Module:

@@ -26,12 +26,13 @@ from unittest import mock
 
 import pages
 import zeros
-from other_networks import relu_network
+from other_networks import relu_network, spikingjelly_network
 from torch import Tensor, nn
 
 from tetdist.apps.benchmarks import bench
 from tetdist.apps.benchmarks.bench import MIB
 from tetdist.apps.benchmarks.made_up import MadeUp, Repeated
+from tetdist.nn.fast import native_zeros
 from tetdist.storage.files import write_json
 from tetdist.tables import markdown
 from tetdist.training.memory import SavedBytes
@@ -39,7 +40,7 @@ from tetdist.training.memory import SavedBytes
 DOCS = Path(__file__).resolve().parents[1]
 RECORD, PAGE = DOCS / "performance/results.json", DOCS / "performance.md"
 PRECISIONS = ("fp32", "bf16")
-FIXED = {"size": None, "device": "cpu"}  # size: the network's own
+FIXED = {"device": "cpu"}
 PEER = "spikingjelly, eager"
 # OMP_WAIT_POLICY by its name in the record. The second is torch's default.
 WAITING = {"asleep": "PASSIVE", "spinning": None}
@@ -52,12 +53,14 @@ class Entry(NamedTuple):
     model: str
     timesteps: int = 4
     batch: int = 4
+    size: int | None = None  # None: the network's own
     modes: tuple[str, ...] = ("none",)
     repeats: int = 7
     has_peer: bool = False
 
 
 STEP = "sew_resnet34"
+RECOMPUTED: dict[str, Any] = {"modes": ("none", "blocks"), "repeats": 5}
 RESNETS = {
     "spiking_resnet34-T4": Entry("spiking_resnet34"),
     "spiking_resnet34-T6": Entry("spiking_resnet34", timesteps=6),
@@ -66,8 +69,9 @@ RESNETS = {
     "psn_sew_resnet34": Entry("psn_sew_resnet34", batch=2),
     "vggsnn": Entry("vggsnn", timesteps=10, batch=8),
     "spiking_resnet19": Entry("spiking_resnet19", batch=16),
+    "psn_sew_resnet18": Entry("psn_sew_resnet18", batch=2, **RECOMPUTED),
+    "sew_resnet18-96px": Entry("sew_resnet18", size=96, batch=8, **RECOMPUTED),
 }
-RECOMPUTED: dict[str, Any] = {"modes": ("none", "blocks"), "repeats": 5}
 TRANSFORMERS = {
     "qkformer_10_384": Entry("qkformer_10_384", **RECOMPUTED),
     "sdt_8_384": Entry("sdt_8_384", **RECOMPUTED),
@@ -112,22 +116,10 @@ def contestants_of(options: argparse.Namespace) -> dict[str, Callable[[], MadeUp
 
 def spikingjelly(options: argparse.Namespace) -> nn.Module:
     """Make spikingjelly's SEW-ResNet with our neuron."""
-    from spikingjelly.activation_based import functional, neuron, surrogate
-    from spikingjelly.activation_based.model import sew_resnet
-
-    def neurons() -> nn.Module:
-        return neuron.LIFNode(
-            tau=2.0,
-            decay_input=False,
-            surrogate_function=surrogate.PiecewiseQuadratic(alpha=1.0),
-            detach_reset=False,
-        )
-
-    model = getattr(sew_resnet, options.model)(spiking_neuron=neurons, cnf="ADD")
-    functional.set_step_mode(model, "m")
+    model = spikingjelly_network(options.model)
+    assert model is not None
 
     def logits(images: Tensor) -> Tensor:
-        functional.reset_net(model)
         result: Tensor = model(images.expand(options.timesteps, *images.shape))
         return result
 
@@ -187,6 +179,7 @@ class Worker:
 
 def _work(pipe: Connection, options: argparse.Namespace, name: str) -> None:
     """Take the number of steps in each message, and answer with the seconds a step."""
+    native_zeros.agree(frozenset())  # zeros.py measures skipping
     step = contestants_of(options)[name]().take
     # Without the starting process there is nothing to receive.
     with contextlib.suppress(EOFError, BrokenPipeError):
@@ -264,13 +257,15 @@ def resnet_table(record: dict[str, Any]) -> str:
         entry, figures = record[f"{name}-fp32"], []
         for precision in PRECISIONS:
             by_name = rows_of(record, f"{name}-{precision}")
-            own = by_name["tetdist, none"]
+            own, blocks = by_name["tetdist, none"], by_name.get("tetdist, blocks")
             figures += [cell(one, "seconds", ".3f") for one in (by_name["relu"], own)]
             figures.append(cell(own, "ratio", ".3f"))
-        rows.append([entry["model"], str(entry["timesteps"]), str(entry["batch"]), *figures])
+            figures.append(f"{blocks['ratio'] / own['ratio']:.2f}" if blocks else "")
+        model = entry["model"] + (f", {size} px" if (size := RESNETS[name].size) else "")
+        rows.append([model, str(entry["timesteps"]), str(entry["batch"]), *figures])
     head = ["", "T", "batch"]
     for precision in PRECISIONS:
-        head += [f"ReLU {precision}, s", "tetdist, s", "ratio"]
+        head += [f"ReLU {precision}, s", "tetdist, s", "ratio", "blocks"]
     return markdown(head, rows)
 
 
@@ -293,7 +288,8 @@ def transformer_table(record: dict[str, Any]) -> str:
 
 def page(record: dict[str, Any]) -> str:
     """Return the page with new tables."""
-    tables = [step_table(record), resnet_table(record), transformer_table(record), zeros.table()]
+    tables = [step_table(record), resnet_table(record), transformer_table(record)]
+    tables += zeros.tables()
     return pages.with_tables(PAGE.read_text(), tables)
 
 

@@ -18,6 +18,7 @@ DOCS = pages.ROOT / "docs"
 
 # The same colours as in the figures of these results.
 OURS, PEER, RELU, SAVING = "#0072B2", "#D55E00", "#767676", "#009E73"
+DENSE = "#8FB9D6"
 # The page is also read at 400 pixels, half the figure's width.
 FONT = 15
 
@@ -26,11 +27,12 @@ def main() -> int:
     pages.no_flags(__doc__)
     page = restored(parse_json((pages.RESULTS / "losses.json").read_text()))
     performance = parse_json((DOCS / "performance/results.json").read_text())
-    figure = style.new_figure(7.6, 7.8)
+    skipping = parse_json((DOCS / "performance/zeros.json").read_text())
+    figure = style.new_figure(7.6, 8.9)
     # Each panel has its own left margin.
-    exits, costs = figure.subfigures(2, 1, height_ratios=(1, 1.15))
+    exits, costs = figure.subfigures(2, 1, height_ratios=(1, 1.5))
     draw_early_exit(exits, page)
-    draw_cost(costs, performance)
+    draw_cost(costs, groups_of(skipping, performance))
     style.save(figure, DOCS / "overview.png")
     return 0
 
@@ -101,32 +103,55 @@ NAMES = {
     "tetdist, none": ("tetdist", OURS),
     "tetdist, blocks": ("tetdist, recompute", SAVING),
 }
+# Contestants of zeros.py, by group.
+SKIPPING = {
+    "step": {"peer": NAMES["spikingjelly, eager"], "relu": ("ReLU network, T times", RELU)},
+    "eval": {"dense": ("tetdist, dense", DENSE), "relu": ("ReLU network, once", RELU)},
+}
 
 
-def draw_cost(figure: Any, performance: dict[str, Any]) -> None:
-    """Draw time and memory of a step, as multiples of those of ReLU on T times the images."""
-    axis = panel(figure, "Training, beside ReLU on T times the images")
-    rows = performance["sew_resnet34-bf16"]["rows"]
-    seconds, kept = ({row["name"]: row[key] for row in rows} for key in ("ratio", "kept_mib"))
-    names = [name for name in NAMES if name in seconds]
-    ticks = []
-    for group, (heading, values) in enumerate(
-        (
-            ("time of a step (ReLU network: 1)", seconds),
-            ("activation memory (ReLU network: 1)", kept),
-        )
+def skipping_row(record: dict[str, Any]) -> dict[str, Any]:
+    """Return the row of the trained Spiking-ResNet18 on one thread, at the T of its training."""
+    names = ("spiking_resnet18", "sparsity_cifar10", 4, 8, 1)
+    keys = ("network", "data", "timesteps", "batch", "threads")
+    (row,) = (one for one in record["rows"] if tuple(one[key] for key in keys) == names)
+    return dict(row)
+
+
+def groups_of(skipping: dict[str, Any], performance: dict[str, Any]) -> dict[str, Any]:
+    """Return bars by heading: (name, colour) and the value."""
+    seconds = skipping_row(skipping)["seconds"]
+    kept = {row["name"]: row["kept_mib"] for row in performance["sew_resnet34-bf16"]["rows"]}
+    groups = {}
+    for kind, heading, base in (
+        ("step", "training step, fp32 (ReLU network: 1)", "relu"),
+        ("eval", "evaluation, fp32 (tetdist, dense: 1)", "dense"),
     ):
-        first = group * (len(names) + 1.6)
+        bars = {name: seconds[f"{kind} {key}"] for key, name in SKIPPING[kind].items()}
+        bars[NAMES["tetdist, none"]] = seconds[kind]
+        groups[heading] = {name: value / seconds[f"{kind} {base}"] for name, value in bars.items()}
+    groups["memory, bf16 (ReLU network: 1)"] = {
+        NAMES[name]: kept[name] / kept["relu"] for name in NAMES if name in kept
+    }
+    return groups
+
+
+def draw_cost(figure: Any, groups: dict[str, Any]) -> None:
+    """Draw time and memory as groups of bars."""
+    axis = panel(figure, "Time and memory on a CPU")
+    ticks, first = dict[float, str](), 0.0
+    for heading, bars in groups.items():
         axis.text(0.02, first - 0.9, heading, va="center", fontsize=FONT, fontweight="bold")
-        for i, name in enumerate(names):
-            ratio = values[name] / values["relu"]
-            axis.barh(first + i, ratio, color=NAMES[name][1])
-            axis.text(ratio + 0.04, first + i, f"{ratio:.2f}", va="center", fontsize=FONT)
-            ticks.append(first + i)
-    axis.set_yticks(ticks, 2 * [NAMES[name][0] for name in names])
+        for (label, colour), ratio in bars.items():
+            axis.barh(first, ratio, color=colour)
+            axis.text(ratio + 0.04, first, f"{ratio:.2f}", va="center", fontsize=FONT)
+            ticks[first] = label
+            first += 1
+        first += 1.6
+    axis.set_yticks(list(ticks), ticks.values())
     axis.invert_yaxis()
     axis.set_ylim(axis.get_ylim()[0], -1.3)
-    axis.set_xlim(0, 2.7)
+    axis.set_xlim(0, 1.1 * max(ratio for bars in groups.values() for ratio in bars.values()) + 0.3)
     axis.set_xticks([])
     axis.spines[["left", "bottom"]].set_visible(False)
     axis.tick_params(length=0)
