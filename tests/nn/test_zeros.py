@@ -161,6 +161,26 @@ def test_a_layers_gradients_are_those_of_torch(frozen, calls):
     torch.testing.assert_close(single, double, check_dtype=False, rtol=1e-4, atol=1e-4)
 
 
+def test_other_weights_never_take_the_place_of_those_laid_out():
+    conv, x = Conv2d(64, 64, 3, padding=1), spikes(1, 64, 8, 8, density=0.2)
+    with native_zeros.keeping_weights():
+        native_zeros.convolve(x, layer_of(conv), torch.float32)
+        place = conv.weight.data_ptr()
+        conv.weight = nn.Parameter(torch.randn(64, 64, 3, 3))
+        others = [torch.empty(64, 64, 3, 3) for _ in range(100)]
+        assert place not in [one.data_ptr() for one in others]
+        y = native_zeros.convolve(x, layer_of(conv), torch.float32)
+    torch.testing.assert_close(y, F.conv2d(x, conv.weight, conv.bias, 1, 1), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
+def test_no_images_are_no_error(dtype):
+    conv = Conv2d(32, 64, 3, padding=1)
+    layer = native_zeros.Layer(conv, conv.weight.to(dtype), None, 1)
+    y = native_zeros.convolve(torch.zeros(0, 32, 8, 8, dtype=torch.uint8), layer, dtype)
+    assert y.shape == (0, 64, 8, 8)
+
+
 @functools.cache
 def trained(name):
     """A network whose neurons fire: with the statistics of one batch."""

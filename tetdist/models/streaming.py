@@ -102,7 +102,8 @@ class Stream:
     """A network that takes one timestep after another; `SpikingNetwork.stream` makes it.
 
     The weights are the model's, and a stream changes nothing of it: several threads may each run
-    streams of one model.
+    streams of one model. Change weights by ``load_state_dict``, ``copy_`` or an optimiser: what is
+    written through their ``.data`` is not seen on a CPU that skips zeros.
 
     Attributes:
         timesteps: Steps since the start or the last `reset`.

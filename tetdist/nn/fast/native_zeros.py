@@ -175,7 +175,7 @@ def _parts(x: Tensor, layer: Layer) -> Iterator[tuple[slice, Spikes | None]]:
     room = width * channels + 32  # as in zeros.cpp
     step = max(1, POSITIONS // (height * room))
     find = getattr(library(), f"find_{_TYPES[x.dtype]}")
-    for first in range(0, images, step):
+    for first in range(0, images or 1, step):  # a part without images, too
         part = rows[first : first + step]
         sides = (*out_sides, len(layer.weight), kernel, layer.stride, padding)
         sizes = _Sizes(len(part), height, width, channels, *sides)
@@ -187,8 +187,9 @@ def _parts(x: Tensor, layer: Layer) -> Iterator[tuple[slice, Spikes | None]]:
         yield slice(first, first + step), spikes
 
 
-# Laid-out weights of convolutions in streams, with their place, version and type.
-_kept: WeakKeyDictionary[nn.Module, tuple[tuple[object, ...], Tensor]] = WeakKeyDictionary()
+# Laid-out weights of convolutions in streams, with their place, version and type, and the weights,
+# which are held so that no others take their place in memory.
+_kept: WeakKeyDictionary[nn.Module, tuple[tuple[object, ...], Tensor, Tensor]] = WeakKeyDictionary()
 _thread = threading.local()
 
 
@@ -218,14 +219,14 @@ def _laid_out(layer: Layer, dtype: torch.dtype) -> Tensor:
     keeps = getattr(_thread, "keeps", False) and not weight.is_inference()
     key = (weight.data_ptr(), weight._version, dtype) if keeps else ()
     if keeps and (entry := _kept.get(layer.owner)) is not None and entry[0] == key:
-        return entry[1]
+        return entry[2]
     dense = weight.detach().to(dtype).contiguous()
     laid = dense.new_empty(-(-len(dense) // BLOCK) * BLOCK * dense[0].numel())
     sizes = _Sizes(channels=dense.shape[1], out_channels=len(dense), kernel=dense.shape[2])
     lay_out = getattr(library(), f"lay_out_{_TYPES[dtype]}")
     lay_out(at(dense), at(laid), byref(sizes), torch.get_num_threads())
     if keeps:
-        _kept[layer.owner] = key, laid
+        _kept[layer.owner] = key, weight.detach(), laid
     return laid
 
 
