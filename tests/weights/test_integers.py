@@ -156,6 +156,14 @@ def test_exported_integers_are_the_definition_for_every_reader(
         stream.keep(torch.tensor([True, False, True]))
         mean = stream.step(x[[0, 2], 1] if defined.input_kind == "events" else None)
         np.testing.assert_array_equal(mean.numpy(), real[:2, [0, 2]].sum(0) / 2)
+        stream.keep(torch.tensor([False, False]))
+        mean = stream.step(x[:0, 2] if defined.input_kind == "events" else None)
+        assert mean.shape == (0, defined.num_classes)
+        with pytest.raises(UserError, match=f"ranges are proven for {T} timesteps"):
+            stream.step()
+        if defined.input_kind == "events":
+            with pytest.raises(ValueError, match=f"runs {T} timesteps, but the input has 2 bins"):
+                defined(x[:, :2])
         # In plain torch, without any kernel, and under autocast.
         monkeypatch.setattr(native_zeros, "_agreed", frozenset())
         monkeypatch.setattr(native_integers, "library", lambda: None)

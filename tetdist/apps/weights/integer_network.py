@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from tetdist.errors import UserError
 from tetdist.nn.fast import native_integers, native_zeros
+from tetdist.wording import counted
 
 MEMBRANE_BITS = 30  # Plus 2^30, membranes are unsigned, which ONNX can shift.
 STREAM_BITS = 24
@@ -76,7 +77,12 @@ class IntegerNetwork(nn.Module):
 
     def forward(self, x: Tensor, per_timestep: bool = False) -> Tensor:
         """Return logits as a `SpikingNetwork` does, in float64."""
-        sums, _ = self.run(self.frames(x)[: self.timesteps], self.timesteps, {})
+        frames = self.frames(x)[: self.timesteps]
+        if self.input_kind == "events" and len(frames) < self.timesteps:
+            raise ValueError(
+                f"the network runs {self.timesteps} timesteps, but the input has {len(frames)} bins"
+            )
+        sums, _ = self.run(frames, self.timesteps, {})
         logits = sums.double() * self.description["logit"]
         return logits if per_timestep else logits.mean(0)
 
@@ -163,7 +169,7 @@ class IntegerNetwork(nn.Module):
 
 
 class IntegerStream:
-    """A stream of an integer network, as `models.streaming.Stream` is of others."""
+    """A stream of an integer network, with `step` and `keep` as of `models.streaming.Stream`."""
 
     def __init__(self, network: IntegerNetwork) -> None:
         self.network = network
@@ -179,8 +185,16 @@ class IntegerStream:
 
         Args:
             x: An image or event frame, (B, C, H, W); None: the last one again.
+
+        Raises:
+            UserError: It has taken all timesteps that ranges are proven for, or there is no frame.
         """
         network = self.network
+        if self.timesteps == (proven := network.description["timesteps"]):
+            raise UserError(
+                f"ranges are proven for {counted(proven, 'timestep')}, and this stream has taken "
+                "them; start a new one, or convert the network for more"
+            )
         if x is not None:
             self._frame, self._known = (
                 network.frames(x[:, None] if network.input_kind == "events" else x),
@@ -215,7 +229,8 @@ def _exactly(function: Callable[..., Tensor], most: int, *of: Tensor) -> Tensor:
 
 def _most(x: Tensor, weight: Tensor) -> int:
     """Return what no sum of an output's weights times inputs exceeds."""
-    return int(x.abs().max()) * int(weight.flatten(1).long().abs().sum(1).max())
+    largest = int(x.abs().max()) if len(x) else 0
+    return largest * int(weight.flatten(1).long().abs().sum(1).max())
 
 
 def _over(values: Tensor, x: Tensor) -> Tensor:
@@ -246,7 +261,7 @@ def _max_pool(layer: _Layer, _: _Values, x: Tensor) -> Tensor:
 
 def _sum_pool(layer: _Layer, _: _Values, x: Tensor) -> Tensor:
     side = layer["kernel"]
-    most = int(x.abs().max()) * side**2
+    most = int(x.abs().max()) * side**2 if len(x) else 0
     return _exactly(lambda x: F.avg_pool2d(x, side, divisor_override=1), most, x)
 
 
